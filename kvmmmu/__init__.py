@@ -1,0 +1,1 @@
+"""KVM's x86 MMU as a library."""

@@ -1,0 +1,1 @@
+"""PURE floor: inline kernels over words and raw pointers (``.pxd`` only)."""

@@ -1,0 +1,159 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""KVM's own entries: the masks a host chooses once, and what an spte's bits say.
+
+Linux 6.1 encodings: an empty spte is 0, REMOVED is 0x5a0, bit 11 is KVM's own
+present bit at every level (arch/x86/kvm/mmu/spte.h describes the layout).
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from kvmmmu.bits.constants cimport *
+
+cdef struct SpteMasks:
+    uint64_t present        # hardware present bits of a mapping (EPT with exec-only: 0)
+    uint64_t user           # legacy U; EPT R
+    uint64_t nx             # legacy bit 63; EPT 0
+    uint64_t x              # legacy 0; EPT X
+    uint64_t accessed
+    uint64_t dirty
+    uint64_t memtype        # bits set in every RAM leaf (EPT: WB, ignore PAT)
+    uint64_t acc_track      # bits cleared to track accesses without hardware A/D
+    uint64_t host_writable
+    uint64_t mmu_writable
+    uint64_t me             # encryption bit set in every entry (SME)
+    uint64_t mmio_value
+    uint64_t mmio_mask
+    uint64_t mmio_access    # ACC bits an mmio spte keeps
+    uint64_t nonpresent_or_rsvd     # L1TF: always set in an mmio spte
+    uint64_t nonpresent_low_gfn     # L1TF: address bits kept in place
+    uint8_t ad_enabled      # the processor sets A/D in these tables
+    uint8_t mmio_caching    # mmio sptes may be made
+
+
+cdef inline void spte_masks_legacy(SpteMasks *m, int raw_maxphyaddr, int phys_bits, bint l1tf, int cache_bits,
+                                   bint mmio_caching) noexcept nogil:
+    """Shadow paging and NPT.  ``raw_maxphyaddr`` is CPUID's value, before key bits are taken away."""
+    m.present = PT_PRESENT_MASK
+    m.user = PT_USER_MASK
+    m.nx = PT64_NX_MASK
+    m.x = 0
+    m.accessed = PT_ACCESSED_MASK
+    m.dirty = PT_DIRTY_MASK
+    m.memtype = 0
+    m.acc_track = 0
+    m.host_writable = SPTE_HOST_WRITABLE_LEGACY
+    m.mmu_writable = SPTE_MMU_WRITABLE_LEGACY
+    m.me = 0
+    m.ad_enabled = 1
+    spte_masks_l1tf(m, phys_bits, l1tf, cache_bits)
+    # Bit 51 is reserved below MAXPHYADDR 52: a present entry with it faults with RSVD.
+    m.mmio_value = (BIT51 | PT_PRESENT_MASK) if raw_maxphyaddr < 52 and mmio_caching else 0
+    m.mmio_mask = m.mmio_value
+    m.mmio_access = ACC_W | ACC_U
+    m.mmio_caching = m.mmio_value != 0
+
+
+cdef inline void spte_masks_ept(SpteMasks *m, int phys_bits, bint l1tf, int cache_bits, bint ad, bint exec_only,
+                                bint mmio_caching) noexcept nogil:
+    m.present = 0 if exec_only else EPT_READ
+    m.user = EPT_READ
+    m.nx = 0
+    m.x = EPT_EXEC
+    # Without hardware A/D the same positions are software bits.
+    m.accessed = EPT_ACCESSED if ad else 0
+    m.dirty = EPT_DIRTY if ad else 0
+    m.memtype = EPT_MT_WB | EPT_IPAT
+    m.acc_track = EPT_RWX
+    m.host_writable = SPTE_HOST_WRITABLE_EPT
+    m.mmu_writable = SPTE_MMU_WRITABLE_EPT
+    m.me = 0
+    m.ad_enabled = ad
+    spte_masks_l1tf(m, phys_bits, l1tf, cache_bits)
+    # Write and execute without read misconfigures, whatever the rest says.
+    m.mmio_value = (EPT_WRITE | EPT_EXEC) if mmio_caching else 0
+    m.mmio_mask = EPT_RWX | EPT_SUPPRESS_VE if mmio_caching else 0
+    m.mmio_access = 0
+    m.mmio_caching = mmio_caching
+
+
+cdef inline void spte_masks_l1tf(SpteMasks *m, int phys_bits, bint l1tf, int cache_bits) noexcept nogil:
+    """Keep the address of a non-present spte off the bits an L1TF-vulnerable cache looks at."""
+    m.nonpresent_or_rsvd = 0
+    cdef int low_bits = phys_bits
+    if l1tf and cache_bits < 52 - L1TF_MASK_LEN:
+        low_bits = cache_bits - L1TF_MASK_LEN
+        m.nonpresent_or_rsvd = bits_between(cache_bits - 1, low_bits)
+    m.nonpresent_low_gfn = bits_between(low_bits - 1, 12)
+
+
+cdef inline uint64_t bits_between(int hi, int lo) noexcept nogil:
+    return (ALL_ONES >> (63 - hi)) & (ALL_ONES << lo)
+
+
+cdef inline bint spte_is_mmio(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    return (spte & m.mmio_mask) == m.mmio_value and m.mmio_caching
+
+cdef inline bint spte_present(uint64_t spte) noexcept nogil:
+    return (spte & SPTE_MMU_PRESENT) != 0
+
+cdef inline bint spte_large(uint64_t spte) noexcept nogil:
+    return (spte & PT_PAGE_SIZE_MASK) != 0
+
+cdef inline bint spte_is_last(uint64_t spte, int level) noexcept nogil:
+    """A present spte at ``level`` maps memory rather than a table."""
+    return level == LEVEL_4K or (spte & PT_PAGE_SIZE_MASK) != 0
+
+cdef inline uint64_t spte_pfn(uint64_t spte) noexcept nogil:
+    return (spte & PT_ADDR_MASK) >> 12
+
+cdef inline bint spte_writable(uint64_t spte) noexcept nogil:
+    return (spte & PT_WRITABLE_MASK) != 0  # the same position in every format
+
+cdef inline bint spte_mmu_writable(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    return (spte & m.mmu_writable) != 0
+
+cdef inline bint spte_ad_kind_off(uint64_t spte) noexcept nogil:
+    return (spte & SPTE_TDP_AD_MASK) == SPTE_TDP_AD_DISABLED
+
+cdef inline bint spte_ad_need_write_protect(uint64_t spte) noexcept nogil:
+    return (spte & SPTE_TDP_AD_MASK) != 0
+
+cdef inline bint spte_acc_tracked(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    return spte_ad_kind_off(spte) and (spte & m.acc_track) == 0
+
+cdef inline uint64_t spte_accessed_mask(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    return 0 if spte_ad_kind_off(spte) else m.accessed
+
+cdef inline uint64_t spte_dirty_mask(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    return 0 if spte_ad_kind_off(spte) else m.dirty
+
+cdef inline bint spte_executable(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    return (spte & (m.x | m.nx)) == m.x
+
+cdef inline bint spte_permits(const SpteMasks *m, uint64_t spte, bint write, bint fetch) noexcept nogil:
+    """Linux 6.1's test of the fast path: reads need a present spte only."""
+    if fetch:
+        return spte_executable(m, spte)
+    if write:
+        return spte_writable(spte)
+    return spte_present(spte)
+
+cdef inline bint spte_has_volatile_bits(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    """Another agent may change this leaf without mmu_lock, so an update must exchange it.
+
+    Linux 6.1: W=0 with MMU-writable; access-tracked; A/D kind with A=0, or W=1 and D=0.
+    """
+    if not spte_present(spte):
+        return False
+    if not spte_writable(spte) and spte_mmu_writable(m, spte):
+        return True
+    if spte_acc_tracked(m, spte):
+        return True
+    if m.accessed and not spte_ad_kind_off(spte):
+        if (spte & m.accessed) == 0 or (spte_writable(spte) and (spte & m.dirty) == 0):
+            return True
+    return False
+
+cdef inline uint64_t spte_make_nonleaf(const SpteMasks *m, uint64_t child_pfn, bint ad_disabled) noexcept nogil:
+    """Structural sptes grant everything; rights live in leaves."""
+    cdef uint64_t spte = SPTE_MMU_PRESENT | (child_pfn << 12) | m.present | PT_WRITABLE_MASK | m.user | m.x | m.me
+    return spte | (SPTE_TDP_AD_DISABLED if ad_disabled else m.accessed)

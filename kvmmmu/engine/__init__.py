@@ -1,0 +1,1 @@
+"""MACHINE floor: state over plain structs, inline and without Python (``.pxd`` only)."""

@@ -1,0 +1,320 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Every struct of the machine.  All state hangs from ``Vm`` and ``Vcpu``; no globals.
+
+Numbers that name things are ids into columns: page 0 is never a shadow page,
+spte index = page * 512 + entry, so 0 never names an spte either.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from kvmmmu.bits.paging cimport CpuModel, CpuRegs, Paging
+from kvmmmu.bits.guest_walk cimport Walk
+from kvmmmu.bits.spte cimport SpteMasks
+
+cdef extern from "kvmmmu/lock.h" nogil:
+    cdef struct kvmmmu_line:
+        uint32_t mode
+    cdef struct kvmmmu_rwlock:
+        uint32_t writer
+
+cdef enum:
+    ERR_NONE = 0
+    ERR_NOMEM = -12       # ENOMEM
+    ERR_EXIST = -17       # EEXIST
+    ERR_INVAL = -22       # EINVAL
+    ERR_NOSPC = -28       # ENOSPC: the shadow-page arena or quota is exhausted
+    ERR_NOENT = -2        # ENOENT
+    ERR_FAULT = -14       # EFAULT
+
+cdef enum:
+    ADDRESS_SPACES = 2
+    MAX_VCPUS = 64
+    MAX_SLOT_ID = 32764   # user slots are 0 .. MAX_SLOT_ID-1
+    PREV_ROOTS = 3
+    PTE_LIST_EXT = 14
+    HASH_BITS = 12
+    ARENA_PAGES = 1048576    # 4 GiB of sptes, reserved, not committed; arena pfns are 0 .. ARENA_PAGES-1
+    RANGE_PFN_ALIGN = 262144  # each host range starts at a 1 GiB boundary
+
+cdef enum:
+    MMU_SHADOW = 0
+    MMU_EPT = 1
+    MMU_NPT = 2
+
+cdef enum:
+    MMIO_OFF = 0
+    MMIO_ZAP_ALL = 1
+    MMIO_GENERATION = 2
+
+# ---- guest memory -----------------------------------------------------------
+
+cdef struct MemMap:
+    # Areas of frames in ascending order, as columns: what every walk reads memory through.
+    int n
+    int capacity
+    uint64_t *first       # first frame of each area
+    uint64_t *npages
+    uint8_t **host        # host address of its first byte; NULL: no memory there
+    uint8_t *writable
+
+cdef struct HostRange:
+    # Bytes of the host process that guest frames can be; disjoint from every other range.
+    uint8_t *host
+    uint64_t npages
+    uint64_t base_pfn     # 1 GiB aligned plus the chosen offset
+    uint32_t users        # slots that bind it
+    uint8_t max_level     # largest mapping the host backs it with: 1, 2 or 3
+    uint8_t writable
+
+cdef struct Slot:
+    uint64_t base_gfn
+    uint64_t npages
+    uint8_t *hva          # host address of the first byte
+    uint64_t base_pfn     # frame of the first page; valid when contiguous
+    int32_t range         # index of the host range; -1: the slot spans several
+    uint32_t flags        # MEM_LOG_DIRTY_PAGES | MEM_READONLY | MEMSLOT_INVALID
+    uint32_t id
+    uint32_t as_id
+    uint64_t token        # names the Python buffer export that keeps hva alive
+    uint64_t *rmap[3]     # [level-1]: one head word per frame of that size
+    uint32_t *disallow[2]  # [level-2]: reasons against a large page there
+    uint16_t *write_track  # shadow pages of level > 1 (and other trackers) per gfn
+    uint64_t *dirty       # dirty bitmap, one bit per page, or NULL
+
+cdef struct SlotSet:
+    # One published, immutable table of an address space's slots.
+    MemMap map            # by gfn; INVALID slots keep their place
+    Slot **slot           # parallel to map
+    uint64_t generation   # bit 63: an update is in flight
+
+# ---- shadow pages -----------------------------------------------------------
+
+cdef struct ShadowPage:
+    # 64 bytes: what a fault touches of a page besides its entries.
+    uint64_t gfn
+    uint64_t parents      # pte list of the sptes that point here
+    uint32_t role
+    int32_t root_count
+    int32_t hash_next
+    int32_t hash_prev
+    int32_t list_next     # active, invalid or free list
+    int32_t list_prev
+    int32_t nx_next       # NX huge page recovery list
+    int32_t nx_prev
+    uint16_t unsync_children
+    uint8_t unsync
+    uint8_t valid_gen
+    uint32_t flooding     # emulated writes since the last use by a fault
+    uint8_t tdp           # owned by the TDP MMU
+    uint8_t nx_disallowed
+    uint8_t on_list       # LIST_*
+    uint8_t special       # a PAE root table: entries, but no gfn, role or list
+    uint32_t unused
+
+cdef enum:
+    LIST_NONE = 0
+    LIST_FREE = 1
+    LIST_ACTIVE = 2
+    LIST_INVALID = 3
+
+cdef struct PteDesc:
+    # 14 spte indices; the block is found by id through the head word or ``more``.
+    uint64_t sptes[14]
+    uint32_t more
+    uint32_t count
+
+cdef struct PageList:
+    int32_t head
+    int32_t tail
+    int64_t n
+
+cdef struct Arena:
+    uint64_t *sptes       # ARENA_PAGES * 512, reserved once: addresses never move
+    uint64_t *shadowed    # per spte of an indirect page: gfn << 12 | access
+    ShadowPage *page      # by id
+    uint64_t *unsync_bits  # 8 words per page: children that are unsync or have such
+    PteDesc *desc         # descriptor blocks by id; 0 is never a block
+    uint32_t desc_top
+    uint32_t desc_free    # chain through ``more``
+    int32_t free          # chain through ``list_next``
+    int32_t top           # pages [1, top) have been used at least once
+    int32_t limit         # pages this VM may ever hold
+
+# ---- observation ------------------------------------------------------------
+
+cdef struct Event:
+    uint32_t kind         # EV_*
+    uint32_t vcpu         # id, or ~0 for the VM
+    uint64_t w[7]         # fields, by kind
+
+cdef struct EventRing:
+    uint64_t mask         # bit EV_*: recorded
+    Event *ring
+    uint64_t capacity     # a power of two, or 0
+    uint64_t head         # records ever written
+    uint64_t tail         # records ever read
+    uint64_t dropped
+
+# The order is the order of the names in _core; append only.
+cdef enum:
+    STAT_MMU_SHADOW_ZAPPED = 0
+    STAT_MMU_PTE_WRITE
+    STAT_MMU_PDE_ZAPPED
+    STAT_MMU_FLOODED
+    STAT_MMU_RECYCLED
+    STAT_MMU_CACHE_MISS
+    STAT_MMU_UNSYNC
+    STAT_PAGES_4K
+    STAT_PAGES_2M
+    STAT_PAGES_1G
+    STAT_NX_LPAGE_SPLITS
+    STAT_MAX_MMU_RMAP_SIZE
+    STAT_MAX_MMU_PAGE_HASH_COLLISIONS
+    STAT_REMOTE_TLB_FLUSH
+    STAT_REMOTE_TLB_FLUSH_REQUESTS
+    VM_STATS
+
+cdef enum:
+    VSTAT_PF_TAKEN = 0
+    VSTAT_PF_FIXED
+    VSTAT_PF_EMULATE
+    VSTAT_PF_SPURIOUS
+    VSTAT_PF_FAST
+    VSTAT_PF_MMIO_SPTE_CREATED
+    VSTAT_PF_GUEST
+    VSTAT_TLB_FLUSH
+    VSTAT_INVLPG
+    VSTAT_MMIO_EXITS
+    VSTAT_INSN_EMULATION
+    VSTAT_INSN_EMULATION_FAIL
+    # Not KVM's: how MMIO accesses were served, and what the slow way costs.
+    VSTAT_MMIO_CACHE_HIT
+    VSTAT_MMIO_SPTE_HIT
+    VSTAT_MMIO_SLOW
+    VSTAT_SLOT_SEARCH
+    VSTAT_GUEST_WALK
+    VCPU_STATS
+
+# ---- vCPUs ------------------------------------------------------------------
+
+cdef enum:
+    REQ_FREE_OBSOLETE_ROOTS = 1
+    REQ_MMU_SYNC = 2
+    REQ_LOAD_PGD = 4
+    REQ_TLB_FLUSH = 8
+    REQ_TLB_FLUSH_CURRENT = 16
+    REQ_TLB_FLUSH_GUEST = 32
+    REQ_TRIPLE_FAULT = 64
+
+cdef struct Root:
+    uint64_t pgd          # CR3 / PDPT address it was built for
+    int32_t page          # arena id; 0 = no root
+    uint32_t role
+
+cdef struct MmioCache:
+    uint64_t gva          # page address, 0 = none
+    uint64_t gfn          # 0 = none: gfn 0 can never hit
+    uint32_t access
+    uint64_t generation
+
+cdef struct Fault:
+    # One page fault on its way through the handler.
+    uint64_t addr         # gva (shadow) or gpa (direct)
+    uint64_t error_code   # PFERR_*
+    uint8_t write
+    uint8_t fetch
+    uint8_t user
+    uint8_t present
+    uint8_t rsvd
+    uint8_t prefetch
+    uint8_t map_writable
+    uint8_t self_change   # the write goes to a table page of its own walk
+    uint8_t huge_page_disallowed
+    int max_level
+    int req_level
+    int goal_level
+    uint64_t gfn
+    Slot *slot
+    uint64_t pfn
+    uint32_t access       # ACC rights of the guest's translation
+
+cdef struct Vcpu:
+    Vm *vm
+    int id
+    kvmmmu_line *line     # this vCPU's own cache line of mmu_lock
+    uint32_t busy         # 1 while a thread runs it
+    CpuRegs regs
+    CpuModel model        # what the guest's CPUID says
+    uint8_t cpl
+    uint8_t ac            # EFLAGS.AC
+    uint8_t long_cs       # CS.L: 64-bit code
+    uint8_t smm           # address space 1
+    uint32_t requests     # REQ_*, set by any thread
+    int slot_hint         # last slot found, checked before use
+    int mem_hint          # last host area the hardware walk read
+    Paging guest          # the guest's tables as KVM's walker sees them
+    Paging guest_hw       # the same as the processor does (TDP)
+    Paging hw             # the tables the processor walks: shadow, EPT or NPT
+    uint64_t cpu_role     # base | extended << 32
+    uint32_t root_role
+    Root root
+    Root prev_roots[3]
+    int32_t pae_root      # special page with 4 entries, made on first need
+    MmioCache mmio
+    uint64_t stats[32]
+    Walk walk             # the last guest walk (KVM's or the processor's)
+    Walk nested           # the last walk of the second dimension, or of shadow tables
+
+# ---- the machine ------------------------------------------------------------
+
+cdef struct HostCpu:
+    uint8_t maxphyaddr    # raw CPUID value
+    uint8_t phys_bits     # after memory-encryption key bits
+    uint8_t gbpages
+    uint8_t l1tf
+    uint8_t cache_bits
+    uint8_t ept_ad
+    uint8_t ept_exec_only
+    uint8_t ept_1g
+    uint8_t ept_2m
+    uint8_t amd           # vendor
+    uint8_t la57          # five-level host tables
+
+cdef struct Switches:
+    # A behaviour profile: named differences between eras, each settable alone.
+    uint8_t mmio_scheme
+    uint8_t tdp_mmu
+    uint8_t nx_huge_pages
+
+cdef struct Vm:
+    int mmu               # MMU_*
+    HostCpu host
+    Switches switches
+    SpteMasks masks
+    Paging spte_format    # KVM's tables in the format the processor walks; root and roles filled per vCPU
+    kvmmmu_rwlock *mmu_lock
+    kvmmmu_line *lines[64]
+    Vcpu *vcpus[64]
+    int n_vcpus
+    # memory
+    MemMap hostmem        # by pfn: area 0 is the arena, then the host ranges
+    HostRange *ranges
+    int n_ranges
+    int ranges_capacity
+    uint64_t next_range_pfn
+    SlotSet *slots[2]     # published with release, by address space
+    uint64_t total_pages  # in slots of address space 0 and 1
+    # shadow pages
+    Arena arena
+    int32_t *hash         # 2^HASH_BITS heads
+    PageList active       # head = newest
+    int64_t used_pages    # shadow-MMU pages counted against the limit
+    int64_t max_pages
+    int64_t requested_pages  # by SET_NR_MMU_PAGES; 0 = follow the slots
+    int64_t indirect_pages
+    uint8_t valid_gen
+    uint8_t rmaps         # slots carry rmaps (shadow MMU in use)
+    int32_t tdp_roots     # chain through list_next
+    # what the caller of an update must still do
+    uint8_t want_zap_all  # a slot went away or moved
+    uint64_t stats[32]
+    EventRing events
