@@ -116,6 +116,7 @@ cdef extern from "kvmmmu/bits.h" nogil:
     const uint32_t MEMSLOT_INVALID "KVMMMU_MEMSLOT_INVALID"
     const uint64_t BIT51 "KVMMMU_BIT51"
     const uint64_t GFN_HASH_MULTIPLIER "KVMMMU_GFN_HASH_MULTIPLIER"
+    const uint64_t ONE "KVMMMU_ONE"
     const uint64_t ALL_ONES "KVMMMU_ALL_ONES"
 
 # Small numbers: safe as C enums (they fit an int).

@@ -155,6 +155,7 @@
 /* The lowest bit that is reserved on every host with MAXPHYADDR below 52. */
 #define KVMMMU_BIT51 KVMMMU_BIT(51)
 #define KVMMMU_GFN_HASH_MULTIPLIER UINT64_C(0x61C8864680B583EB)
+#define KVMMMU_ONE UINT64_C(1)
 #define KVMMMU_ALL_ONES (~UINT64_C(0))
 
 #endif
