@@ -1,20 +1,20 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Page faults: the MMIO short cut, the lockless repair, the real path."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.mmio cimport mmio_gen_valid, mmio_spte_access, mmio_spte_gen, mmio_spte_gfn
-from kvmmmu.bits.rsvd cimport rsvd_fault
+from kvmmmu.bits.paging cimport rsvd_fault
 from kvmmmu.bits.shadow_walk cimport shadow_walk
 from kvmmmu.bits.spte cimport (
     spte_acc_tracked, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present, spte_writable,
 )
+from kvmmmu.engine.atomics cimport cmpxchg_u64
 from kvmmmu.engine.events cimport (
-    ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio_page_fault,
+    ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio,
 )
-from kvmmmu.engine.guest cimport guest_walk, slot_visible
+from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
     vcpu_generation,
@@ -22,7 +22,8 @@ from kvmmmu.engine.leaf cimport (
 from kvmmmu.engine.locks cimport (
     kvmmmu_reading_begin, kvmmmu_reading_end, mmu_read_lock, mmu_read_unlock, mmu_write_lock, mmu_write_unlock,
 )
-from kvmmmu.engine.memslots cimport slot_mark_dirty, vcpu_slot
+from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
+from kvmmmu.engine.memslots cimport slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_fill, mmio_match_gpa, mmio_match_gva
 from kvmmmu.engine.pages cimport page_at, page_obsolete, root_table
 from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
@@ -34,9 +35,6 @@ from kvmmmu.engine.state cimport (
 from kvmmmu.engine.tdp cimport tdp_map
 from kvmmmu.engine.track cimport gfn_write_tracked
 from kvmmmu.engine.zap cimport make_pages_available, unprotect_gfn
-
-cdef extern from "kvmmmu/atomics.h" nogil:
-    int kvmmmu_cmpxchg_u64(uint64_t *p, uint64_t old, uint64_t new_)
 
 cdef enum:
     FAULT_INJECT = 100   # beside RET_PF_*: the guest's own tables fault, vcpu.walk says how
@@ -69,7 +67,12 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     cdef uint64_t spte, gfn, gen
     cdef uint32_t access
     cdef int level, leaf, top
-    if mmio_match_gpa(vcpu, address) if direct else mmio_match_gva(vcpu, address):
+    cdef bint cached
+    if direct:
+        cached = mmio_match_gpa(vcpu, address)
+    else:
+        cached = mmio_match_gva(vcpu, address)
+    if cached:
         vcpu.stats[<int>VSTAT_MMIO_CACHE_HIT] += 1
         return RET_PF_EMULATE
     leaf = walk_sptes(vcpu, address, sptes, &top)
@@ -84,12 +87,12 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     gfn = mmio_spte_gfn(&vm.masks, spte)
     access = mmio_spte_access(&vm.masks, spte)
     gen = vcpu_generation(vcpu)
-    ev_check_mmio_spte(vm, vcpu.id, spte, gen)
+    ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
     if not mmio_gen_valid(gen, spte):
         return RET_PF_INVALID
     if direct:
         address = 0
-    ev_handle_mmio_page_fault(vm, vcpu.id, address, gfn, access)
+    ev_handle_mmio(vm, vcpu.id, address, gfn, access)
     mmio_cache_fill(vcpu, address, gfn, access)
     vcpu.stats[<int>VSTAT_MMIO_SPTE_HIT] += 1
     return RET_PF_EMULATE
@@ -102,11 +105,10 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
     Direct tables only: the gfn behind an indirect spte may change under the reader.
     """
     cdef Vm *vm = vcpu.vm
-    cdef uint64_t sptes[6]
     cdef uint64_t spte = 0, new_ = 0
     cdef uint64_t *sptep = NULL
-    cdef int tries, level, top, ret = RET_PF_INVALID
-    if f.rsvd or (not f.write if f.present else vm.masks.ad_enabled):
+    cdef int tries, level, ret = RET_PF_INVALID
+    if f.rsvd or f.present and not f.write or not f.present and vm.masks.ad_enabled:
         return RET_PF_INVALID
     kvmmmu_reading_begin(vcpu.line)
     for tries in range(FAST_TRIES):
@@ -129,13 +131,14 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
                 break
         if new_ == spte or not spte_permits(&vm.masks, new_, f.write, f.fetch):
             break
-        if kvmmmu_cmpxchg_u64(sptep, spte, new_):
+        if cmpxchg_u64(sptep, spte, new_):
             if spte_writable(new_) and not spte_writable(spte):
                 slot_mark_dirty(f.slot, f.gfn)
             ret = RET_PF_FIXED
             break
     ev_fast_page_fault(vm, vcpu.id, f.addr, f.error_code,
-                       0 if sptep == NULL else <uint64_t>(sptep - vm.arena.sptes), spte, new_, ret)
+                       0 if sptep == NULL else <uint64_t>(sptep - vm.arena.sptes), spte, new_,
+                       ret == RET_PF_SPURIOUS, ret == RET_PF_FIXED)
     kvmmmu_reading_end(vcpu.line)
     if ret != RET_PF_INVALID:
         vcpu.stats[<int>VSTAT_PF_FAST] += 1
@@ -164,7 +167,7 @@ cdef inline int fault_pfn(Vcpu *vcpu, Fault *f) noexcept nogil:
     if f.slot != NULL and not slot_visible(f.slot):
         # Being deleted or moved: nothing may be cached for it until that is over.
         return RET_PF_RETRY
-    f.pfn = gfn_to_pfn(vm, f.slot, f.gfn, f.write, &f.map_writable)
+    f.pfn = gfn_to_pfn(f.slot, f.gfn, f.write, &f.map_writable)
     if f.slot == NULL:
         direct = (vcpu.root_role & ROLE_DIRECT) != 0 and vm.mmu != 0
         vcpu.stats[<int>VSTAT_MMIO_SLOW] += 1

@@ -5,46 +5,38 @@ The loop round the pure step: what is KVM's own here is where entries come from 
 visible slot, else "not present"), what it traces, and how A and D are written back.
 """
 
-from libc.stddef cimport NULL
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport (
     FAULT_PF, WALK_FAULT, WALK_LEAF, WALK_NEXT, Walk, walk_begin, walk_finish, walk_step,
 )
 from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_NONE, FMT_PAE, Paging
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64
 from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
 )
-from kvmmmu.engine.memslots cimport slot_mark_dirty, vcpu_slot
-from kvmmmu.engine.pfns cimport slot_hva, slot_readonly
+from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
+from kvmmmu.engine.memslots cimport slot_host, slot_visible
+from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.state cimport Slot, VSTAT_GUEST_WALK, Vcpu
 
-cdef extern from "kvmmmu/atomics.h" nogil:
-    uint64_t kvmmmu_ld_u64(const uint64_t *p)
-    uint32_t kvmmmu_ld_u32(const uint32_t *p)
-    int kvmmmu_cmpxchg_u64(uint64_t *p, uint64_t old, uint64_t new_)
-    int kvmmmu_cmpxchg_u32(uint32_t *p, uint32_t old, uint32_t new_)
-
-
-cdef inline bint slot_visible(const Slot *slot) noexcept nogil:
-    return slot != NULL and not slot.flags & MEMSLOT_INVALID
 
 cdef inline uint8_t *guest_host(Vcpu *vcpu, uint64_t gpa) noexcept nogil:
     """Host address of a guest byte for KVM's own reads, or NULL."""
     cdef Slot *slot = vcpu_slot(vcpu, gpa >> 12)
     if not slot_visible(slot):
         return NULL
-    return slot_hva(slot, gpa >> 12) + (gpa & 4095)
+    return slot_host(slot, gpa >> 12) + (gpa & 4095)
 
 cdef inline uint64_t gpte_load(int fmt, const uint8_t *host) noexcept nogil:
     if fmt == FMT_32:
-        return kvmmmu_ld_u32(<const uint32_t *>host)
-    return kvmmmu_ld_u64(<const uint64_t *>host)
+        return ld_u32(<const uint32_t *>host)
+    return ld_u64(<const uint64_t *>host)
 
 cdef inline bint gpte_cmpxchg(int fmt, uint8_t *host, uint64_t old, uint64_t new_) noexcept nogil:
     if fmt == FMT_32:
-        return kvmmmu_cmpxchg_u32(<uint32_t *>host, <uint32_t>old, <uint32_t>new_)
-    return kvmmmu_cmpxchg_u64(<uint64_t *>host, old, new_)
+        return cmpxchg_u32(<uint32_t *>host, <uint32_t>old, <uint32_t>new_)
+    return cmpxchg_u64(<uint64_t *>host, old, new_)
 
 cdef inline uint32_t gpte_access(int fmt, uint64_t gpte) noexcept nogil:
     """ACC rights one present guest entry grants."""
@@ -82,7 +74,7 @@ cdef inline int guest_update_ad(Vcpu *vcpu, const Paging *p, Walk *w, bint write
             if not slot_visible(slot):
                 return 1
             if not slot_readonly(slot):
-                host = slot_hva(slot, w.entry_gpas[level] >> 12) + (w.entry_gpas[level] & 4095)
+                host = slot_host(slot, w.entry_gpas[level] >> 12) + (w.entry_gpas[level] & 4095)
                 if not gpte_cmpxchg(p.format, host, old, new_):
                     return 1
                 slot_mark_dirty(slot, w.entry_gpas[level] >> 12)

@@ -1,24 +1,25 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Making one leaf: which bits it gets, and what installing it did."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.mmio cimport mmio_spte_make
+from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport (
     SpteMasks, spte_accessed_mask, spte_dirty_mask, spte_is_last, spte_pfn, spte_present, spte_writable,
 )
 from kvmmmu.engine.events cimport ev_mark_mmio_spte, ev_set_spte
-from kvmmmu.engine.memslots cimport slot_mark_dirty
+from kvmmmu.engine.lookup cimport slot_mark_dirty
+from kvmmmu.engine.memslots cimport gfn_to_rmap, slots_generation, vm_slots
+from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.pages cimport (
-    level_pages, page_at, role_as_id, role_level, spte_at, spte_page, spte_set_shadowed,
+    page_at, role_as_id, role_level, spte_at, spte_page, spte_set_shadowed,
 )
-from kvmmmu.engine.rmap cimport PteIter, pte_list_first, rmap_head
+from kvmmmu.engine.rmap cimport PteIter, pte_list_first
 from kvmmmu.engine.sptes cimport (
     page_stats, parent_remove, rmap_add, spte_clear, spte_drop, spte_read, spte_update, spte_write,
 )
 from kvmmmu.engine.state cimport (
-    Fault, STAT_MAX_MMU_RMAP_SIZE, ShadowPage, Slot, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
+    Fault, MMIO_GENERATION, STAT_MAX_MMU_RMAP_SIZE, ShadowPage, Slot, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 from kvmmmu.engine.track cimport try_to_unsync
@@ -37,8 +38,10 @@ cdef enum:
 
 
 cdef inline uint64_t vcpu_generation(Vcpu *vcpu) noexcept nogil:
-    """Generation of the address space the vCPU is in."""
-    return vcpu.vm.slots[vcpu.smm].generation
+    """Generation of the address space the vCPU is in; 0 for ever where a scheme has none."""
+    if vcpu.vm.switches.mmio_scheme != MMIO_GENERATION:
+        return 0
+    return slots_generation(vm_slots(vcpu.vm, vcpu.smm))
 
 
 cdef inline uint64_t acc_track_spte(const SpteMasks *m, uint64_t spte) noexcept nogil:
@@ -103,13 +106,13 @@ cdef inline bint leaf_make(Vm *vm, int vcpu_id, const ShadowPage *sp, Slot *slot
 cdef inline void leaf_mark_mmio(Vcpu *vcpu, uint64_t index, uint64_t gfn, uint32_t access) noexcept nogil:
     """Write an mmio spte; the generation of now goes in, without its in-progress bit."""
     cdef uint64_t spte = mmio_spte_make(&vcpu.vm.masks, gfn, access, vcpu_generation(vcpu))
-    ev_mark_mmio_spte(vcpu.vm, vcpu.id, index, gfn, spte)
+    ev_mark_mmio_spte(vcpu.vm, vcpu.id, index, gfn, spte & 7, mmio_spte_gen(spte))
     spte_write(spte_at(vcpu.vm, index), spte)
 
 
 cdef inline bint rmap_zap_all(Vm *vm, Slot *slot, uint64_t gfn, int level) noexcept nogil:
     cdef PteIter it
-    cdef uint64_t *head = rmap_head(slot, gfn, level)
+    cdef uint64_t *head = gfn_to_rmap(slot, gfn, level)
     cdef uint64_t index = pte_list_first(vm, head[0], &it)
     cdef bint any = False
     while index:
@@ -155,7 +158,7 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
         ret = RET_PF_SPURIOUS
     else:
         flush |= spte_update(vm, sptep, spte)
-        ev_set_spte(vm, vcpu.id, level, gfn, index, spte)
+        ev_set_spte(vm, vcpu.id, gfn, spte, index, level)
     if refused and fault != NULL and fault.write:
         ret = RET_PF_EMULATE
     if flush:

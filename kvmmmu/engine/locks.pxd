@@ -2,13 +2,8 @@
 """mmu_lock, the vCPU's line and requests, by the names the engine uses."""
 
 from libc.stdint cimport uint32_t
+from kvmmmu.engine.atomics cimport fetch_and_u32, fetch_or_u32, ld_acquire_u32
 from kvmmmu.engine.state cimport Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock
-
-cdef extern from "kvmmmu/atomics.h" nogil:
-    uint32_t kvmmmu_ld_u32(const uint32_t *p)
-    uint32_t kvmmmu_ld_acquire_u32(const uint32_t *p)
-    uint32_t kvmmmu_fetch_or_u32(uint32_t *p, uint32_t v)
-    uint32_t kvmmmu_fetch_and_u32(uint32_t *p, uint32_t v)
 
 cdef extern from "kvmmmu/lock.h" nogil:
     void kvmmmu_read_lock(kvmmmu_rwlock *lock, kvmmmu_line *line)
@@ -34,13 +29,13 @@ cdef inline void mmu_read_unlock(Vcpu *vcpu) noexcept nogil:
 
 
 cdef inline void request(Vcpu *vcpu, uint32_t what) noexcept nogil:
-    kvmmmu_fetch_or_u32(&vcpu.requests, what)
+    fetch_or_u32(&vcpu.requests, what)
 
 cdef inline bint request_take(Vcpu *vcpu, uint32_t what) noexcept nogil:
     """True, and no longer pending, if ``what`` was asked for."""
-    if not kvmmmu_ld_acquire_u32(&vcpu.requests) & what:
+    if not ld_acquire_u32(&vcpu.requests) & what:
         return False
-    kvmmmu_fetch_and_u32(&vcpu.requests, ~what)
+    fetch_and_u32(&vcpu.requests, ~what)
     return True
 
 cdef inline void request_all(Vm *vm, uint32_t what) noexcept nogil:

@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Shadow pages: the arena, the hash by gfn, the lists, and what a role says."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
@@ -53,9 +52,6 @@ cdef inline int32_t spte_page(uint64_t index) noexcept nogil:
 cdef inline int level_shift(int level) noexcept nogil:
     """log2 of the bytes an entry of ``level`` maps."""
     return 12 + 9 * (level - 1)
-
-cdef inline uint64_t level_pages(int level) noexcept nogil:
-    return ONE << (9 * (level - 1))
 
 cdef inline int level_index(uint64_t address, int level) noexcept nogil:
     """Index of the 512-entry table slot that translates ``address`` at ``level``."""

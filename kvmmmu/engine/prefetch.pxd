@@ -1,17 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Filling neighbours: one guest entry, or the aligned window round a fault."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport FMT_32, Paging
-from kvmmmu.bits.rsvd cimport rsvd_fault
+from kvmmmu.bits.paging cimport FMT_32, Paging, rsvd_fault
 from kvmmmu.bits.spte cimport spte_present
-from kvmmmu.engine.guest cimport (
-    gpte_access, gpte_gfn, gpte_load, guest_host, slot_visible,
-)
+from kvmmmu.engine.guest cimport gpte_access, gpte_gfn, gpte_load, guest_host
 from kvmmmu.engine.leaf cimport leaf_install
-from kvmmmu.engine.memslots cimport vcpu_slot
+from kvmmmu.engine.lookup cimport vcpu_slot
+from kvmmmu.engine.memslots cimport slot_visible
 from kvmmmu.engine.pages cimport page_at, role_access, role_level, role_quadrant, spte_at, spte_gfn, spte_page
 from kvmmmu.engine.pfns cimport gfn_to_pfn, pfn_is_error
 from kvmmmu.engine.sptes cimport spte_drop, spte_read
@@ -62,7 +59,7 @@ cdef inline bint prefetch_gpte(Vcpu *vcpu, uint64_t index, uint64_t gpte, bint a
     if slot.flags & MEM_LOG_DIRTY_PAGES and access & ACC_W and not allow_logged:
         return False
     # Only what the host could write this moment is mapped ahead of need.
-    pfn = gfn_to_pfn(vm, slot, gfn, True, &writable)
+    pfn = gfn_to_pfn(slot, gfn, True, &writable)
     if pfn_is_error(pfn):
         return False
     leaf_install(vcpu, slot, index, access, gfn, pfn, NULL, True, True)
@@ -128,7 +125,7 @@ cdef inline bint prefetch_run(Vcpu *vcpu, uint64_t start, uint64_t end) noexcept
     if gfn + (end - start) > slot.base_gfn + slot.npages:
         return False
     while start < end:
-        pfn = gfn_to_pfn(vm, slot, gfn, True, &writable)
+        pfn = gfn_to_pfn(slot, gfn, True, &writable)
         if pfn_is_error(pfn):
             return False
         leaf_install(vcpu, slot, start, access, gfn, pfn, NULL, True, True)

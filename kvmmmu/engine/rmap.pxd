@@ -6,9 +6,8 @@ chain of 14-entry blocks).  Entries keep insertion order; a removal moves the la
 entry of the same block into the hole, as KVM does, because zap order shows it.
 """
 
-from libc.stddef cimport NULL
 from libc.stdint cimport uint32_t, uint64_t
-from kvmmmu.engine.state cimport PTE_LIST_EXT, PteDesc, Slot, Vm
+from kvmmmu.engine.state cimport PTE_LIST_EXT, PteDesc, Vm
 
 cdef enum:
     HEAD_ONE = 1
@@ -136,6 +135,3 @@ cdef inline uint64_t pte_list_count(Vm *vm, uint64_t head) noexcept nogil:
         block = desc_at(vm, block).more
     return n
 
-
-cdef inline uint64_t *rmap_head(Slot *slot, uint64_t gfn, int level) noexcept nogil:
-    return &slot.rmap[level - 1][(gfn >> (9 * (level - 1))) - (slot.base_gfn >> (9 * (level - 1)))]

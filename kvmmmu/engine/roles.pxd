@@ -82,6 +82,8 @@ cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
     paging_init(&vcpu.guest, &vcpu.regs, &vcpu.model, DIALECT_KVM)
     if tdp_enabled(vcpu.vm):
         paging_init(&vcpu.guest_hw, &vcpu.regs, &vcpu.model, DIALECT_SDM)
+        # SVM reads PDPTEs from memory at each walk; VMX has them in registers.
+        vcpu.guest_hw.pdpte_in_memory = vcpu.vm.mmu == MMU_NPT
 
 
 cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
@@ -113,7 +115,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     if level == 5:
         regs.cr4 |= CR4_LA57
     if vm.mmu == MMU_NPT:
-        paging_init_npt(&vcpu.hw, &regs, &model)
+        paging_init_npt(&vcpu.hw, 0, level, &model, DIALECT_SDM)
         return
     if is_paging(vcpu):
         regs.cr4 |= vcpu.regs.cr4 & (CR4_SMEP | CR4_SMAP | CR4_PKE)

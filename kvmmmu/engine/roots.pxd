@@ -1,14 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Roots: building, dropping, switching, synchronising; what happens at VM entry."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.engine.guest cimport slot_visible
+from kvmmmu.engine.atomics cimport ld_acquire_u32
 from kvmmmu.engine.locks cimport (
-    kvmmmu_ld_acquire_u32, mmu_write_lock, mmu_write_unlock, request, request_take,
+    ld_acquire_u32, mmu_write_lock, mmu_write_unlock, request, request_take,
 )
-from kvmmmu.engine.memslots cimport vcpu_slot
+from kvmmmu.engine.lookup cimport vcpu_slot
+from kvmmmu.engine.memslots cimport slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_clear_all, mmio_cache_clear_gva
 from kvmmmu.engine.pages cimport (
     page_alloc, page_at, page_obsolete, page_sptes, role_level, role_with_level, role_with_quadrant, root_table,
@@ -331,7 +331,7 @@ cdef inline int vcpu_enter(Vcpu *vcpu) noexcept nogil:
     """Ready to run guest code: no request pending, a root loaded.  ENTER_* or an error."""
     cdef int result
     while True:
-        if kvmmmu_ld_acquire_u32(&vcpu.requests):
+        if ld_acquire_u32(&vcpu.requests):
             result = requests_serve(vcpu)
             if result:
                 return result
@@ -339,5 +339,5 @@ cdef inline int vcpu_enter(Vcpu *vcpu) noexcept nogil:
             result = root_load(vcpu)
             if result:
                 return result
-        if not kvmmmu_ld_acquire_u32(&vcpu.requests):
+        if not ld_acquire_u32(&vcpu.requests):
             return ENTER_OK

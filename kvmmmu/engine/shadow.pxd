@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Building the tree: find or make a page, link it, map a translation into it."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
@@ -11,8 +10,9 @@ from kvmmmu.engine.guest cimport gpte_changed
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_install,
 )
+from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.pages cimport (
-    gfn_bucket, hash_add, level_index, level_pages, list_add_head, page_alloc, page_at, page_obsolete, page_sptes,
+    gfn_bucket, hash_add, level_index, list_add_head, page_alloc, page_at, page_obsolete, page_sptes,
     role_access, role_has_gptes, role_level, role_with_access, role_with_level, role_with_quadrant, root_table,
     spte_at, spte_page,
 )
@@ -130,7 +130,7 @@ cdef inline void adjust_huge_page(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.huge_page_disallowed = f.fetch and vm.switches.nx_huge_pages
     if f.max_level == LEVEL_4K or pfn_is_error(f.pfn) or f.slot.flags & MEM_LOG_DIRTY_PAGES:
         return
-    f.req_level = max_mapping_level(vm, f.slot, f.gfn, f.max_level)
+    f.req_level = max_mapping_level(f.slot, f.gfn, f.max_level)
     if f.req_level == LEVEL_4K or f.huge_page_disallowed:
         return
     f.goal_level = f.req_level

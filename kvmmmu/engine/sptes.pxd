@@ -4,39 +4,35 @@
 Every function that can take a right away returns whether it needs a flush.
 """
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (
     SpteMasks, spte_accessed_mask, spte_dirty_mask, spte_has_volatile_bits, spte_is_last,
     spte_is_mmio, spte_mmu_writable, spte_pfn, spte_present, spte_writable,
 )
-from kvmmmu.engine.memslots cimport vm_slot
+from kvmmmu.engine.atomics cimport ld_u64, st_release_u64, xchg_u64
+from kvmmmu.engine.lookup cimport vm_slot
+from kvmmmu.engine.memslots cimport gfn_to_rmap
 from kvmmmu.engine.pages cimport (
     page_at, page_sptes, role_as_id, role_level, spte_at, spte_gfn, spte_page,
     unsync_bit_clear,
 )
-from kvmmmu.engine.rmap cimport pte_list_add, pte_list_remove, rmap_head
+from kvmmmu.engine.rmap cimport pte_list_add, pte_list_remove
 from kvmmmu.engine.state cimport STAT_PAGES_4K, ShadowPage, Slot, Vm
-
-cdef extern from "kvmmmu/atomics.h" nogil:
-    uint64_t kvmmmu_ld_u64(const uint64_t *p)
-    void kvmmmu_st_release_u64(uint64_t *p, uint64_t v)
-    uint64_t kvmmmu_xchg_u64(uint64_t *p, uint64_t v)
 
 
 cdef inline uint64_t spte_read(const uint64_t *sptep) noexcept nogil:
-    return kvmmmu_ld_u64(sptep)
+    return ld_u64(sptep)
 
 cdef inline void spte_write(uint64_t *sptep, uint64_t spte) noexcept nogil:
     # Release: a child must be complete before the link to it can be seen.
-    kvmmmu_st_release_u64(sptep, spte)
+    st_release_u64(sptep, spte)
 
 cdef inline uint64_t spte_exchange(const SpteMasks *m, uint64_t *sptep, uint64_t spte) noexcept nogil:
     """Replace an spte, atomically where another agent may be setting bits; returns the old value."""
     cdef uint64_t old = spte_read(sptep)
     if spte_has_volatile_bits(m, old):
-        return kvmmmu_xchg_u64(sptep, spte)
+        return xchg_u64(sptep, spte)
     spte_write(sptep, spte)
     return old
 
@@ -67,7 +63,7 @@ cdef inline uint64_t rmap_add(Vm *vm, Slot *slot, uint64_t index, uint64_t gfn) 
     """Enter a present leaf into its gfn's list; returns the entries there before."""
     cdef int level = role_level(page_at(vm, spte_page(index)).role)
     page_stats(vm, level, 1)
-    return pte_list_add(vm, rmap_head(slot, gfn, level), index)
+    return pte_list_add(vm, gfn_to_rmap(slot, gfn, level), index)
 
 
 cdef inline uint64_t spte_clear(Vm *vm, uint64_t index) noexcept nogil:
@@ -89,7 +85,7 @@ cdef inline bint spte_drop(Vm *vm, uint64_t index) noexcept nogil:
     gfn = spte_gfn(vm, index)
     slot = vm_slot(vm, role_as_id(sp.role), gfn)
     if slot != NULL:
-        pte_list_remove(vm, rmap_head(slot, gfn, role_level(sp.role)), index)
+        pte_list_remove(vm, gfn_to_rmap(slot, gfn, role_level(sp.role)), index)
     return True
 
 

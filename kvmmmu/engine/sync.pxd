@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Bringing unsync shadow pages in line with the guest tables behind them."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int16_t, int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gfn
@@ -9,7 +8,7 @@ from kvmmmu.bits.paging cimport Paging
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_pfn, spte_present
 from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host
 from kvmmmu.engine.leaf cimport leaf_make, leaf_mark_mmio
-from kvmmmu.engine.memslots cimport vcpu_slot, vm_slot
+from kvmmmu.engine.lookup cimport vcpu_slot, vm_slot
 from kvmmmu.engine.pages cimport (
     level_index, page_at, page_sptes, role_as_id, role_level, spte_at, spte_gfn, spte_set_shadowed, unsync_bit_clear,
 )

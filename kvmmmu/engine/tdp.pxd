@@ -5,11 +5,11 @@ Faults hold mmu_lock for read; an entry being torn down is REMOVED and belongs t
 whoever wrote that.  Pages freed here wait for readers, without a flush request.
 """
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.mmio cimport mmio_spte_make
+from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
+from kvmmmu.engine.atomics cimport cmpxchg_u64, xchg_u64
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,
 )
@@ -17,8 +17,9 @@ from kvmmmu.engine.leaf cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
 )
 from kvmmmu.engine.locks cimport kvmmmu_drain_readers
+from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.pages cimport (
-    level_index, level_pages, page_alloc, page_at, page_free, page_sptes, role_as_id, role_level, role_with_level,
+    level_index, page_alloc, page_at, page_free, page_sptes, role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
 from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level, disallow_huge_page
@@ -27,10 +28,6 @@ from kvmmmu.engine.state cimport (
     ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
-
-cdef extern from "kvmmmu/atomics.h" nogil:
-    int kvmmmu_cmpxchg_u64(uint64_t *p, uint64_t old, uint64_t new_)
-    uint64_t kvmmmu_xchg_u64(uint64_t *p, uint64_t v)
 
 
 # ---- one entry ------------------------------------------------------------------
@@ -44,7 +41,7 @@ cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_
     cdef bint is_leaf = spte_present(new_) and spte_is_last(new_, level)
     if old == new_:
         return
-    ev_tdp_spte_changed(vm, role_as_id(sp.role), spte_gfn(vm, index), level, old, new_)
+    ev_tdp_spte_changed(vm, -1, spte_gfn(vm, index), old, new_, level, role_as_id(sp.role))
     if is_leaf != was_leaf:
         page_stats(vm, level, 1 if is_leaf else -1)
     if spte_present(old) and not was_leaf and (not spte_present(new_) or spte_pfn(old) != spte_pfn(new_)):
@@ -68,12 +65,12 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
     for i in range(ENTRIES):
         sptep = spte_at(vm, base + <uint64_t>i)
         if shared:
-            old = kvmmmu_xchg_u64(sptep, REMOVED_SPTE)
+            old = xchg_u64(sptep, REMOVED_SPTE)
         else:
             old = spte_read(sptep)
             if not spte_present(old):
                 continue
-            old = kvmmmu_xchg_u64(sptep, REMOVED_SPTE)
+            old = xchg_u64(sptep, REMOVED_SPTE)
         tdp_changed(vm, base + <uint64_t>i, old, REMOVED_SPTE, shared, doomed)
     sp.on_list = LIST_INVALID
     sp.list_next = doomed[0]
@@ -94,7 +91,7 @@ cdef inline void tdp_free(Vm *vm, int32_t doomed) noexcept nogil:
 
 cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, int32_t *doomed) noexcept nogil:
     """Install by compare-exchange.  False: somebody else was first, nothing happened."""
-    if not kvmmmu_cmpxchg_u64(spte_at(vm, index), old, new_):
+    if not cmpxchg_u64(spte_at(vm, index), old, new_):
         return False
     tdp_changed(vm, index, old, new_, True, doomed)
     return True
@@ -141,9 +138,9 @@ cdef inline int tdp_install(Vcpu *vcpu, Fault *f, uint64_t index, uint64_t gfn, 
         ret = RET_PF_EMULATE
     if f.slot == NULL:
         vcpu.stats[<int>VSTAT_PF_MMIO_SPTE_CREATED] += 1
-        ev_mark_mmio_spte(vm, vcpu.id, index, gfn, new_)
+        ev_mark_mmio_spte(vm, vcpu.id, index, gfn, new_ & 7, mmio_spte_gen(new_))
         return RET_PF_EMULATE
-    ev_set_spte(vm, vcpu.id, level, gfn, index, new_)
+    ev_set_spte(vm, vcpu.id, gfn, new_, index, level)
     return ret
 
 
@@ -242,7 +239,7 @@ cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared
             if not spte_is_last(old, level):
                 tdp_zap_level(vm, <int32_t>spte_pfn(old), zap_level, shared, doomed)
             continue
-        old = kvmmmu_xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
+        old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
         tdp_changed(vm, base + <uint64_t>i, old, 0, shared, doomed)
 
 cdef inline void tdp_zap_root(Vm *vm, int32_t root, bint shared) noexcept nogil:

@@ -5,7 +5,6 @@ A remote flush is also the handshake with lockless walkers: what was unlinked be
 it may be reused after it.
 """
 
-from libc.stddef cimport NULL
 from kvmmmu.engine.locks cimport kvmmmu_drain_readers, request_all
 from kvmmmu.engine.state cimport (
     REQ_TLB_FLUSH, STAT_REMOTE_TLB_FLUSH, STAT_REMOTE_TLB_FLUSH_REQUESTS, Vm,

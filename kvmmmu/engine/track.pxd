@@ -1,23 +1,21 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Who may write a guest table: write protection, unsync pages, large-page vetoes."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_pfn, spte_present, spte_writable
+from kvmmmu.engine.atomics cimport full_barrier
 from kvmmmu.engine.events cimport ev_unsync_page, ev_tdp_spte_changed
-from kvmmmu.engine.memslots cimport slot_disallow, vm_slot
+from kvmmmu.engine.lookup cimport slot_allow_large, slot_forbid_large, vm_slot
+from kvmmmu.engine.memslots cimport gfn_to_rmap, gfn_to_write_track
 from kvmmmu.engine.pages cimport (
     gfn_first_page, gfn_next_page, page_at, page_sptes, role_as_id, role_level, spte_page,
     unsync_bit_set, level_index,
 )
-from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next, rmap_head
+from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next
 from kvmmmu.engine.sptes cimport spte_exchange, spte_read, spte_write_protect
 from kvmmmu.engine.state cimport STAT_MMU_UNSYNC, ShadowPage, Slot, Vm
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
-
-cdef extern from "kvmmmu/atomics.h" nogil:
-    void kvmmmu_full_barrier()
 
 
 cdef inline bint tdp_write_protect_gfn(Vm *vm, int as_id, uint64_t gfn, int min_level) noexcept nogil:
@@ -42,7 +40,7 @@ cdef inline bint tdp_write_protect_gfn(Vm *vm, int as_id, uint64_t gfn, int min_
                 if level == LEVEL_4K or spte & PT_PAGE_SIZE_MASK:
                     if level >= min_level and (spte_writable(spte) or spte & vm.masks.mmu_writable):
                         spte_exchange(&vm.masks, sptep, spte & ~(PT_WRITABLE_MASK | vm.masks.mmu_writable))
-                        ev_tdp_spte_changed(vm, as_id, gfn, level, spte, spte_read(sptep))
+                        ev_tdp_spte_changed(vm, -1, gfn, spte, spte_read(sptep), level, as_id)
                         changed = True
                     break
                 table = <int32_t>spte_pfn(spte)
@@ -59,7 +57,7 @@ cdef inline bint write_protect_gfn(Vm *vm, Slot *slot, uint64_t gfn, int min_lev
     cdef bint flush = False
     if vm.rmaps:
         for level in range(min_level, LEVEL_1G + 1):
-            index = pte_list_first(vm, rmap_head(slot, gfn, level)[0], &it)
+            index = pte_list_first(vm, gfn_to_rmap(slot, gfn, level)[0], &it)
             while index:
                 flush |= spte_write_protect(vm, index, True)
                 index = pte_list_next(vm, &it)
@@ -77,12 +75,12 @@ cdef inline void account_shadowed(Vm *vm, int32_t id) noexcept nogil:
     cdef ShadowPage *sp = page_at(vm, id)
     cdef Slot *slot = vm_slot(vm, role_as_id(sp.role), sp.gfn)
     vm.indirect_pages += 1
-    kvmmmu_full_barrier()
+    full_barrier()
     if slot == NULL:
         return
     if role_level(sp.role) > LEVEL_4K:
-        slot.write_track[sp.gfn - slot.base_gfn] += 1
-    slot_disallow(slot, sp.gfn, 1)
+        gfn_to_write_track(slot, sp.gfn)[0] += 1
+    slot_forbid_large(slot, sp.gfn)
     if write_protect_gfn(vm, slot, sp.gfn, LEVEL_4K):
         flush_remote_tlbs(vm)
 
@@ -94,12 +92,12 @@ cdef inline void unaccount_shadowed(Vm *vm, int32_t id) noexcept nogil:
     if slot == NULL:
         return
     if role_level(sp.role) > LEVEL_4K:
-        slot.write_track[sp.gfn - slot.base_gfn] -= 1
-    slot_disallow(slot, sp.gfn, -1)
+        gfn_to_write_track(slot, sp.gfn)[0] -= 1
+    slot_allow_large(slot, sp.gfn)
 
 
 cdef inline bint gfn_write_tracked(const Slot *slot, uint64_t gfn) noexcept nogil:
-    return slot != NULL and slot.write_track != NULL and slot.write_track[gfn - slot.base_gfn] != 0
+    return slot != NULL and gfn_to_write_track(slot, gfn)[0] != 0
 
 
 cdef inline void mark_parents_unsync(Vm *vm, int32_t id) noexcept nogil:
@@ -141,5 +139,5 @@ cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bi
             mark_parents_unsync(vm, id)
         id = gfn_next_page(vm, id, gfn)
     # Pairs with sync_roots: unsync is seen before the writable spte is.
-    kvmmmu_full_barrier()
+    full_barrier()
     return False

@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Taking shadow pages away: one, the oldest, all at once; freeing after the flush."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
@@ -212,7 +211,7 @@ cdef inline void zap_all_fast(Vm *vm) noexcept nogil:
 
     The caller holds mmu_lock for write and then zaps the invalidated TDP roots.
     """
-    ev_zap_all_fast(vm)
+    ev_zap_all_fast(vm, vm.valid_gen, <uint64_t>vm.used_pages)
     vm.valid_gen ^= 1
     request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
     zap_obsolete(vm, -1)
