@@ -7,8 +7,17 @@ from libc.string cimport memcpy, memmove
 from kvmmmu.engine.state cimport MemMap
 
 
+cdef inline int capacity_step(int n) noexcept nogil:
+    """``n`` rounded up in steps of about an eighth: tables that grow by one ask malloc for one size over and over."""
+    cdef int step = 16
+    while step < n >> 3:
+        step <<= 1
+    return (n + step - 1) & ~(step - 1)
+
+
 cdef inline MemMap *memmap_new(int capacity) noexcept nogil:
     """One block: the header and its columns."""
+    capacity = capacity_step(capacity)
     cdef size_t n = <size_t>capacity
     cdef MemMap *m = <MemMap *>malloc(sizeof(MemMap) + n * (8 + 8 + sizeof(void *) + 1))
     if m == NULL:

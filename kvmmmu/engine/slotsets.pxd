@@ -6,19 +6,19 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport ADDRESS_SPACES, Slot, SlotSet, Vm
-from kvmmmu.engine.memmap cimport memmap_upper
+from kvmmmu.engine.memmap cimport capacity_step, memmap_upper
 from kvmmmu.engine.atomics cimport st_release_ptr, st_release_u64
 from kvmmmu.engine.drain cimport vm_drain
 
 
 cdef inline SlotSet *slotset_new(int n) noexcept nogil:
     """One block: the header and its columns."""
-    cdef size_t count = <size_t>n
+    cdef size_t count = <size_t>capacity_step(n)
     cdef SlotSet *s = <SlotSet *>malloc(sizeof(SlotSet) + count * (8 + 8 + sizeof(void *) + sizeof(Slot *) + 1))
     if s == NULL:
         return NULL
     s.map.n = n
-    s.map.capacity = n
+    s.map.capacity = <int>count
     s.map.first = <uint64_t *>(s + 1)
     s.map.npages = s.map.first + count
     s.map.host = <uint8_t **>(s.map.npages + count)
