@@ -121,7 +121,7 @@ cdef class VmCore:
     cdef dict exports
     cdef uint64_t next_token
 
-    def __cinit__(self, int mmu, object host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages):
+    def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages):
         cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
@@ -130,17 +130,8 @@ cdef class VmCore:
         self.exports = {}
         self.next_token = 1
         vm.mmu = mmu
-        vm.host.maxphyaddr = host.maxphyaddr
-        vm.host.phys_bits = host.phys_bits
-        vm.host.gbpages = host.gbpages
-        vm.host.l1tf = host.l1tf
-        vm.host.cache_bits = host.cache_bits
-        vm.host.ept_ad = host.ept_ad
-        vm.host.ept_exec_only = host.ept_exec_only
-        vm.host.ept_1g = host.ept_1g
-        vm.host.ept_2m = host.ept_2m
-        vm.host.amd = host.amd
-        vm.host.la57 = host.la57
+        (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
         vm.switches.nx_huge_pages = nx_huge_pages
@@ -224,6 +215,8 @@ cdef class VmCore:
             r.size = 4096 if size is None else as_word(size, "size")
         else:
             export = Export(memory)
+            if export.view.len == 0:
+                raise ArgumentError("memory is empty: a slot has at least one page of 4096 bytes")
             r.size = export.view.len if size is None else as_word(size, "size")
             if r.size > <uint64_t>export.view.len:
                 raise ArgumentError(f"size = {r.size} is more than the {export.view.len} bytes of memory")
