@@ -409,18 +409,21 @@ from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
+from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.events cimport events_copy
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
+from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
+from kvmmmu.engine.roles cimport roles_refresh
 
 import operator
 
 import numpy as np
 
-from kvmmmu.errors import ArgumentError, VmBusyError, VmClosedError
+from kvmmmu.errors import ArgumentError, VCpuBusyError, VmBusyError, VmClosedError
 
 cdef extern from "stdlib.h" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -827,3 +830,59 @@ cdef class VcpuCore:
     @property
     def vm(self):
         return self.owner
+
+    # -- running the guest
+
+    cdef int claim(self) except -1:
+        self.owner.check_open()
+        if xchg_u32(&self.vcpu.busy, 1):
+            raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
+        return 0
+
+    cdef void release(self) noexcept:
+        st_release_u32(&self.vcpu.busy, 0)
+
+    def setup(self, tuple model):
+        """What the guest's CPUID says, and the registers of a reset."""
+        cdef Vcpu *v = self.vcpu
+        (v.model.maxphyaddr, v.model.gbpages, v.model.amd, v.model.exec_only, v.model.ept_2m, v.model.ept_1g,
+         v.model.no_pse36) = model
+        roles_refresh(v)
+
+    def set_sregs(self, cr0, cr3, cr4, efer, pkru):
+        cdef CpuRegs regs
+        regs.cr0 = as_word(cr0, "cr0")
+        regs.cr3 = as_word(cr3, "cr3")
+        regs.cr4 = as_word(cr4, "cr4")
+        regs.efer = as_word(efer, "efer")
+        regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
+        self.claim()
+        result = set_sregs(self.vcpu, &regs)
+        self.release()
+        return result == REG_OK
+
+    def replay(self, a, b, c, kind, size, flags, cpl, bint values, stop_after):
+        cdef ReplayTotals t
+        cdef TraceColumns e
+        cdef uint64_t n = len(a)
+        cdef uint64_t stop = as_word(stop_after, "stop_after")
+        cdef WalkColumn ca = WalkColumn.of(a, "a", 8, n, False)
+        cdef WalkColumn cb = WalkColumn.of(b, "b", 8, n, False)
+        cdef WalkColumn cc = WalkColumn.of(c, "c", 8, n, False)
+        cdef WalkColumn ck = WalkColumn.of(kind, "kind", 1, n, False)
+        cdef WalkColumn cs = WalkColumn.of(size, "size", 1, n, False)
+        cdef WalkColumn cf = WalkColumn.of(flags, "flags", 1, n, False)
+        cdef WalkColumn cp = WalkColumn.of(cpl, "cpl", 1, n, False)
+        e.a = <const uint64_t *>ca.view.buf
+        e.b = <const uint64_t *>cb.view.buf
+        e.c = <const uint64_t *>cc.view.buf
+        e.kind = <const uint8_t *>ck.view.buf
+        e.size = <const uint8_t *>cs.view.buf
+        e.flags = <const uint8_t *>cf.view.buf
+        e.cpl = <const uint8_t *>cp.view.buf
+        memset(&t, 0, sizeof(t))
+        self.claim()
+        with nogil:
+            replay_run(self.vcpu, &e, n, values, stop, &t)
+        self.release()
+        return t

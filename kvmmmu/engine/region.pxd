@@ -13,7 +13,10 @@ from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
 from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_make_arrays
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.slotsets cimport slots_swap, slotset_new, slotset_overlap, slotset_replace
+from kvmmmu.engine.tdp cimport tdp_invalidate_roots, tdp_zap_invalid_roots
+from kvmmmu.engine.zap cimport set_max_pages, zap_all_fast
 
 
 cdef struct Work:
@@ -28,8 +31,14 @@ cdef struct Work:
 # ---- seams: what the shadow MMU does when slots change ------------------------------
 
 cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
-    """Every translation made so far must go."""
-    vm.want_zap_all = 1
+    """Every translation made so far goes; vCPUs drop their roots at their next entry."""
+    mmu_write_lock(vm)
+    zap_all_fast(vm)
+    if vm.switches.tdp_mmu:
+        tdp_invalidate_roots(vm)
+    mmu_write_unlock(vm)
+    if vm.switches.tdp_mmu:
+        tdp_zap_invalid_roots(vm)
 
 
 cdef inline void region_apply_flags(Vm *vm, Slot *slot, uint32_t old_flags) noexcept nogil:
@@ -41,11 +50,10 @@ cdef inline void region_follow_quota(Vm *vm) noexcept nogil:
     """The number of shadow pages follows the slots unless it was set by hand."""
     if vm.requested_pages:
         return
-    vm.max_pages = <int64_t>(vm.total_pages / SLOT_PAGES_PER_MMU_PAGE)
-    if vm.max_pages < MIN_MMU_PAGES:
-        vm.max_pages = MIN_MMU_PAGES
-    if vm.used_pages > vm.max_pages:
-        vm.want_shrink = 1
+    cdef int64_t goal = <int64_t>(vm.total_pages / SLOT_PAGES_PER_MMU_PAGE)
+    mmu_write_lock(vm)
+    set_max_pages(vm, goal if goal > MIN_MMU_PAGES else MIN_MMU_PAGES)
+    mmu_write_unlock(vm)
 
 
 # ---- rules --------------------------------------------------------------------------
