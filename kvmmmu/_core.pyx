@@ -25,10 +25,10 @@ from kvmmmu.bits.constants cimport (
     ALL_ONES, PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, PT_PRESENT_MASK,
 )
 from kvmmmu.bits.access cimport permission_fault_rule, permission_table, pkru_rule, pkru_table
-from kvmmmu.bits.guest_walk cimport Walk, walk_rights
+from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, FMT_EPT, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
-    paging_pdptr_bad, permission_fault, rsvd_fault,
+    paging_pdptr_bad, permission_fault, rsvd_bits,
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.state cimport MemMap
@@ -265,7 +265,7 @@ cdef class PagingCore:
         memset(&hw, 0, sizeof(hw))
         walk_any(&self.paging, &self.host, &self.map, &self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad)
         guest = walk_dict(&self.paging, &w)
-        return guest, (None if self.host.format == FMT_NONE else walk_dict(&self.host, &hw))
+        return guest, (walk_dict(&self.host, &hw) if hw.top else None)
 
     @property
     def format(self):
@@ -306,7 +306,10 @@ cdef int model_arg(CpuModel *model, tuple fields) except -1:
 cdef dict walk_dict(const Paging *p, const Walk *w):
     cdef int level
     cdef list entries = []
+    cdef uint64_t reserved = 0
     if w.seen:
+        if walk_present(p.format, w.entries[w.seen]):
+            reserved = rsvd_bits(p, w.seen, w.entries[w.seen])
         level = 3 if p.format == FMT_PAE else w.top
         while level >= w.seen:
             entries.append((level, w.entry_gpas[level], w.entries[level], w.acc_above[level],
@@ -314,7 +317,7 @@ cdef dict walk_dict(const Paging *p, const Walk *w):
             level -= 1
     return {
         "format": p.format, "va": w.va, "access": w.access, "ac": bool(w.ac), "entries": entries,
-        "next_gpa": w.entry_gpa, "fault": w.fault, "error_code": w.error_code, "acc": w.acc,
+        "next_gpa": w.entry_gpa, "level": w.level, "seen": w.seen, "reserved": reserved, "fault": w.fault, "error_code": w.error_code, "acc": w.acc,
         "gpa": 0 if w.fault else w.gpa, "page_shift": 0 if w.fault else w.page_shift,
     }
 

@@ -97,6 +97,14 @@ cdef inline bint rsvd_fault(const Paging *p, int level, uint64_t entry) noexcept
     return ((entry & p.rsvd[(entry >> 7) & 1][level]) | ((p.bad_mt_xwr >> (entry & 63)) & 1)) != 0
 
 
+cdef inline uint64_t rsvd_bits(const Paging *p, int level, uint64_t entry) noexcept nogil:
+    """Which bits of it (EPT: bits 5:0 when the memory type and rights are what is wrong)."""
+    cdef uint64_t bits = entry & p.rsvd[(entry >> 7) & 1][level]
+    if (p.bad_mt_xwr >> (entry & 63)) & 1:
+        bits |= entry & bits_between(5, 0)
+    return bits
+
+
 cdef inline uint64_t permission_fault(const Paging *p, uint64_t access, uint32_t acc, bint ac,
                                       uint32_t pkey) noexcept nogil:
     """0 when rights ``acc`` allow the access, else the error-code bits of the cause (PRESENT, PK)."""
