@@ -36,6 +36,17 @@ class PagingCore:
         implicit: bool = ...,
         set_ad: bool = ...,
     ) -> tuple[dict[str, Any], dict[str, Any] | None]: ...
+    def reserved_bits(self, level: int, entry: int, dimension: int = ...) -> int: ...
+    def permission_fault(
+        self,
+        rights: int,
+        access: str = ...,
+        cpl: int = ...,
+        ac: bool = ...,
+        implicit: bool = ...,
+        pkey: int = ...,
+        dimension: int = ...,
+    ) -> int: ...
     @property
     def format(self) -> int: ...
     @property

@@ -89,6 +89,14 @@ def _reason(result: WalkResult) -> str:
     verb = _VERBS[result.access]
     if result.fault is Fault.PF and result.error_code & 0x20:
         return f"protection key {last.value >> 59 & 15} refuses the {verb}"
+    needed = {"r": Rights(0), "w": Rights.W, "x": Rights.X}[result.access]
+    if (
+        result.format is not PagingFormat.EPT
+        and not result.user
+        and result.rights & (needed | Rights.U) == (needed | Rights.U)
+    ):
+        feature = "SMEP" if result.access == "x" else "SMAP"
+        return f"{feature} refuses a supervisor {verb} of a user page"
     return f"the entries together permit {_rights_text(result.rights, result.format)}; a {verb} is refused"
 
 

@@ -36,9 +36,7 @@ _LAYOUTS = _core.record_layouts()
 def _dtype(name: str) -> np.dtype[Any]:
     fields, itemsize = _LAYOUTS[name]
     names, formats, offsets = zip(*fields, strict=True)
-    return np.dtype(
-        {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": itemsize}
-    )
+    return np.dtype({"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": itemsize})
 
 
 CASE = _dtype("case")

@@ -135,7 +135,10 @@ def walk_result(record: dict[str, Any], second: dict[str, Any] | None = None) ->
         implicit=bool(access >> 48 & 1),
         ac=record["ac"],
         format=PagingFormat(record["format"]),
-        entries=tuple(WalkEntry(*e[:3], Rights(e[3]), Rights(e[4])) for e in record["entries"]),
+        entries=tuple(
+            WalkEntry(level, gpa, value, Rights(above), Rights(own))
+            for level, gpa, value, above, own in record["entries"]
+        ),
         fault=Fault(record["fault"]),
         error_code=record["error_code"],
         gpa=record["gpa"],
