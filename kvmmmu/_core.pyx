@@ -16,7 +16,7 @@ def probe():
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset
 from cpython.long cimport PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
@@ -365,7 +365,8 @@ cdef dict walk_dict(const Paging *p, const Walk *w):
             level -= 1
     return {
         "format": p.format, "va": w.va, "access": w.access, "ac": bool(w.ac), "entries": entries,
-        "next_gpa": w.entry_gpa, "level": w.level, "seen": w.seen, "reserved": reserved, "fault": w.fault, "error_code": w.error_code, "acc": w.acc,
+        "next_gpa": w.entry_gpa, "level": w.level, "seen": w.seen, "reserved": reserved, "acc": w.acc,
+        "fault": w.fault, "error_code": w.error_code,
         "gpa": 0 if w.fault else w.gpa, "page_shift": 0 if w.fault else w.page_shift,
     }
 
@@ -406,7 +407,7 @@ def record_layouts():
 
 
 def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialect):
-    """Walk each case over its own words (``record_layouts``: "case", "answer"); the offsets are the caller's to check."""
+    """Walk each case over its own words; ``cases`` and ``answers`` are records as in ``record_layouts``."""
     cdef WalkColumn c = WalkColumn.of(cases, "cases", sizeof(WalkCase), -1, False)
     cdef int64_t n = c.view.len // <Py_ssize_t>sizeof(WalkCase)
     cdef WalkColumn o = WalkColumn.of(offsets, "offsets", 8, n + 1, False)

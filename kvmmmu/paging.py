@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kvmmmu import _core
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError
+from kvmmmu.explain import explain_walk
 from kvmmmu.records import TRANSLATION
 from kvmmmu.walks import WalkResult, walk_result
 
@@ -92,18 +93,20 @@ def _areas(memory: Memory) -> list[tuple[int, Any]]:
 def _addresses(gvas: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     array = np.asarray(gvas)
     if array.dtype == np.uint64:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
     if array.size == 0:
         return np.zeros(array.shape, np.uint64)
-    if array.dtype.kind not in "iuO":
-        raise TypeError(f"gvas must be integers, not {array.dtype}")
-    try:
-        low, high = int(array.min()), int(array.max())
-    except TypeError:
-        raise TypeError("gvas must be integers") from None
+    if array.dtype.kind not in "iu":
+        # NumPy turns a list of small and large integers into floats: look at what was given.
+        array = np.asarray(gvas, dtype=object)
+        try:
+            array = np.array([operator.index(gva) for gva in array.flat], object).reshape(array.shape)
+        except TypeError as e:
+            raise TypeError(f"gvas must be integers: {e}") from None
+    low, high = int(array.min()), int(array.max())
     if low < 0 or high > 0xFFFF_FFFF_FFFF_FFFF:
         raise OverflowError(f"gvas has values from {low} to {high}; allowed are 0 .. 2**64 - 1")
-    return np.ascontiguousarray(array.astype(np.uint64))
+    return np.asarray(array, np.uint64, order="C")
 
 
 class Paging(_core.PagingCore):
@@ -227,7 +230,7 @@ class Paging(_core.PagingCore):
 
     def explain(self, gva: int, access: str = "r", cpl: int = 0, *, ac: bool = False, implicit: bool = False) -> str:
         """Say in words how one address is translated, entry by entry, and why the walk ended."""
-        return str(self.walk_result(gva, access, cpl, ac=ac, implicit=implicit))
+        return explain_walk(self.walk_result(gva, access, cpl, ac=ac, implicit=implicit))
 
     def mappings(self, start: int = 0, *, limit: int = 1 << 20, max_walks: int = 1 << 26) -> npt.NDArray[Any]:
         """List what is mapped: every leaf that the tables reach, whatever it permits, in ascending order.

@@ -117,11 +117,6 @@ class WalkResult:
         """Whether the access was permitted."""
         return self.fault is Fault.NONE
 
-    def __str__(self) -> str:
-        from kvmmmu.explain import explain_walk
-
-        return explain_walk(self)
-
 
 def walk_result(record: dict[str, Any], second: dict[str, Any] | None = None) -> WalkResult:
     """Make a result of the engine's record of a walk (and of the second dimension's)."""

@@ -249,7 +249,8 @@ cdef inline void paging_init_ept(Paging *p, uint64_t eptp, const CpuModel *model
         p.update_access = PFERR_USER | PFERR_WRITE
 
 
-cdef inline void paging_init_npt(Paging *p, uint64_t ncr3, int levels, const CpuModel *model, int dialect) noexcept nogil:
+cdef inline void paging_init_npt(Paging *p, uint64_t ncr3, int levels, const CpuModel *model,
+                                 int dialect) noexcept nogil:
     """Nested tables under nCR3: long-mode tables of a host with NXE = 1, walked as user accesses.
 
     APM vol. 2 section 15.25; the host's CR0.WP, SMEP, SMAP and keys do not apply.

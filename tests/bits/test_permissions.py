@@ -75,9 +75,7 @@ def test_protection_keys_refuse_data_accesses_to_user_pages_and_say_so_in_the_er
     plain = Paging(cr0, 0, PAE, LONG | NXE, pkru=pkru)
     for rights, access, cpl, implicit in product(range(8), "rwx", (0, 3), (False, True)):
         u = bool(rights & Rights.U)
-        allowed = key_allows_by_the_manual(
-            pkru=pkru, key=key, wp=wp, u=u, access=access, cpl=cpl, implicit=implicit
-        )
+        allowed = key_allows_by_the_manual(pkru=pkru, key=key, wp=wp, u=u, access=access, cpl=cpl, implicit=implicit)
         before = plain.permission_fault(rights, access, cpl, False, implicit, key)
         got = paging.permission_fault(rights, access, cpl, False, implicit, key)
         assert got == (before if allowed else 0x21), (rights, access, cpl, implicit)
