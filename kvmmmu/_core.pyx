@@ -8,19 +8,16 @@ from kvmmmu.bits.spte cimport spte_masks_legacy
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset
 from cpython.long cimport PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
 
-from kvmmmu.bits.constants cimport (
-    ALL_ONES, PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, PT_PRESENT_MASK,
-)
-from kvmmmu.bits.access cimport permission_fault_rule, permission_table, pkru_rule, pkru_table
-from kvmmmu.bits.guest_walk cimport Walk, walk_rights
+from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
+from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
-    CpuModel, CpuRegs, FMT_EPT, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
-    paging_pdptr_bad, permission_fault, rsvd_fault,
+    CpuModel, CpuRegs, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
+    paging_pdptr_bad, permission_fault, rsvd_bits,
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.state cimport MemMap
@@ -257,7 +254,58 @@ cdef class PagingCore:
         memset(&hw, 0, sizeof(hw))
         walk_any(&self.paging, &self.host, &self.map, &self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad)
         guest = walk_dict(&self.paging, &w)
-        return guest, (None if self.host.format == FMT_NONE else walk_dict(&self.host, &hw))
+        return guest, (walk_dict(&self.host, &hw) if hw.top else None)
+
+    cdef const Paging *dimension(self, int n) except NULL:
+        if n == 2 and self.host.format == FMT_NONE:
+            raise ArgumentError("dimension is 2; this object has no nested tables")
+        if n != 1 and n != 2:
+            raise ArgumentError(f"dimension is {n}; allowed are 1 (the guest's tables) and 2 (those below)")
+        return &self.paging if n == 1 else &self.host
+
+    def reserved_bits(self, int level, entry, int dimension=1):
+        """Which reserved bits a present entry of a level has set, 0 for a legal one.
+
+        Parameters
+        ----------
+        level : int
+            1 to 5.
+        entry : int
+        dimension : {1, 2}
+            The guest's tables, or the nested ones below (EPT: an illegal memory type or illegal rights give
+            bits 5:0 of the entry).
+
+        Returns
+        -------
+        int
+        """
+        if level < 1 or level > 5:
+            raise ArgumentError(f"level is {level}; allowed are 1 .. 5")
+        return rsvd_bits(self.dimension(dimension), level, word_arg(entry, "entry"))
+
+    def permission_fault(self, int rights, access="r", int cpl=0, bint ac=False, bint implicit=False, int pkey=0,
+                         int dimension=1):
+        """Whether rights (``walks.Rights``) refuse an access: 0, or the error-code bits of the cause (P, PK).
+
+        Parameters
+        ----------
+        rights : int
+            0 to 7.
+        access, cpl, ac, implicit
+            As in ``walk``; in EPT a user access is one that reads.
+        pkey : int
+            Protection key of the leaf, 0 to 15.
+        dimension : {1, 2}
+
+        Returns
+        -------
+        int
+        """
+        if rights < 0 or rights > 7:
+            raise ArgumentError(f"rights is {rights}; allowed are 0 .. 7")
+        if pkey < 0 or pkey > 15:
+            raise ArgumentError(f"pkey is {pkey}; allowed are 0 .. 15")
+        return permission_fault(self.dimension(dimension), access_arg(access, cpl, implicit), rights, ac, pkey)
 
     @property
     def format(self):
@@ -298,7 +346,10 @@ cdef int model_arg(CpuModel *model, tuple fields) except -1:
 cdef dict walk_dict(const Paging *p, const Walk *w):
     cdef int level
     cdef list entries = []
+    cdef uint64_t reserved = 0
     if w.seen:
+        if walk_present(p.format, w.entries[w.seen]):
+            reserved = rsvd_bits(p, w.seen, w.entries[w.seen])
         level = 3 if p.format == FMT_PAE else w.top
         while level >= w.seen:
             entries.append((level, w.entry_gpas[level], w.entries[level], w.acc_above[level],
@@ -306,7 +357,8 @@ cdef dict walk_dict(const Paging *p, const Walk *w):
             level -= 1
     return {
         "format": p.format, "va": w.va, "access": w.access, "ac": bool(w.ac), "entries": entries,
-        "next_gpa": w.entry_gpa, "fault": w.fault, "error_code": w.error_code, "acc": w.acc,
+        "next_gpa": w.entry_gpa, "level": w.level, "seen": w.seen, "reserved": reserved, "acc": w.acc,
+        "fault": w.fault, "error_code": w.error_code,
         "gpa": 0 if w.fault else w.gpa, "page_shift": 0 if w.fault else w.page_shift,
     }
 
@@ -347,7 +399,7 @@ def record_layouts():
 
 
 def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialect):
-    """Walk each case over its own words (``record_layouts``: "case", "answer"); the offsets are the caller's to check."""
+    """Walk each case over its own words; ``cases`` and ``answers`` are records as in ``record_layouts``."""
     cdef WalkColumn c = WalkColumn.of(cases, "cases", sizeof(WalkCase), -1, False)
     cdef int64_t n = c.view.len // <Py_ssize_t>sizeof(WalkCase)
     cdef WalkColumn o = WalkColumn.of(offsets, "offsets", 8, n + 1, False)

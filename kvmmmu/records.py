@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,15 +16,27 @@ from kvmmmu.errors import FormatError
 
 __all__ = ["ANSWER", "CASE", "TRANSLATION", "column", "read_npz"]
 
+# What NumPy and zipfile raise for bytes that are not what they expect.
+_BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,  # an encrypted member, or (NotImplementedError) an unknown compression
+    TypeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _LAYOUTS = _core.record_layouts()
 
 
 def _dtype(name: str) -> np.dtype[Any]:
     fields, itemsize = _LAYOUTS[name]
     names, formats, offsets = zip(*fields, strict=True)
-    return np.dtype(
-        {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": itemsize}
-    )
+    return np.dtype({"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": itemsize})
 
 
 CASE = _dtype("case")
@@ -36,22 +49,30 @@ def read_npz(path: str | Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises
     ------
+    OSError
+        The file cannot be opened.
     FormatError
         The file cannot be read as one: it names the file, the column where there is one, and what was wrong.
     """
     columns: dict[str, npt.NDArray[Any]] = {}
     name = ""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise FormatError(f"{path}: one array; expected an .npz file of columns")
-            for name in file.files:
-                columns[name] = file[name]
-    except FormatError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        where = f", column {name!r}" if name else ""
-        raise FormatError(f"{path}{where}: not a readable .npz file ({e})") from None
+    with open(path, "rb") as stream:
+        try:
+            with np.load(stream, allow_pickle=False) as file:
+                if not isinstance(file, np.lib.npyio.NpzFile):
+                    raise FormatError(f"{path}: one array; expected an .npz file of columns")
+                for name in file.files:
+                    columns[name] = file[name]
+        except FormatError:
+            raise
+        except _BROKEN as e:
+            where = f", column {name!r}" if name else ""
+            raise FormatError(f"{path}{where}: not a readable .npz file ({e})") from None
+        except AttributeError:  # NumPy's file object has no zip when its directory is unreadable
+            raise FormatError(f"{path}: not a readable .npz file") from None
+    for name, array in columns.items():
+        if not isinstance(array, np.ndarray):
+            raise FormatError(f"{path}: member {name!r} is not an array; expected .npy columns only")
     return columns
 
 

@@ -55,6 +55,10 @@ cdef inline uint32_t walk_rights(int fmt, uint64_t entry) noexcept nogil:
     return <uint32_t>((entry & (PT_WRITABLE_MASK | PT_USER_MASK)) | ((entry >> 63) ^ 1))
 
 
+cdef inline bint walk_present(int fmt, uint64_t entry) noexcept nogil:
+    return (entry & (EPT_RWX if fmt == FMT_EPT else PT_PRESENT_MASK)) != 0
+
+
 cdef inline int walk_fault(const Paging *p, Walk *w, uint64_t cause) noexcept nogil:
     """End a walk; ``cause`` is 0 (not present) or PRESENT with RSVD or PK."""
     w.fault = p.fault_kind
@@ -126,7 +130,7 @@ cdef inline int walk_step(int fmt, const Paging *p, Walk *w, uint64_t entry) noe
             return walk_fault(p, w, PFERR_PRESENT | PFERR_RSVD)
     else:
         w.acc &= walk_rights(fmt, entry)
-        if not entry & (EPT_RWX if fmt == FMT_EPT else PT_PRESENT_MASK):
+        if not walk_present(fmt, entry):
             return walk_fault(p, w, 0)
         if rsvd_fault(p, level, entry):
             return walk_fault(p, w, PFERR_PRESENT | PFERR_RSVD)

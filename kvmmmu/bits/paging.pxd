@@ -97,6 +97,14 @@ cdef inline bint rsvd_fault(const Paging *p, int level, uint64_t entry) noexcept
     return ((entry & p.rsvd[(entry >> 7) & 1][level]) | ((p.bad_mt_xwr >> (entry & 63)) & 1)) != 0
 
 
+cdef inline uint64_t rsvd_bits(const Paging *p, int level, uint64_t entry) noexcept nogil:
+    """Which bits of it (EPT: bits 5:0 when the memory type and rights are what is wrong)."""
+    cdef uint64_t bits = entry & p.rsvd[(entry >> 7) & 1][level]
+    if (p.bad_mt_xwr >> (entry & 63)) & 1:
+        bits |= entry & bits_between(5, 0)
+    return bits
+
+
 cdef inline uint64_t permission_fault(const Paging *p, uint64_t access, uint32_t acc, bint ac,
                                       uint32_t pkey) noexcept nogil:
     """0 when rights ``acc`` allow the access, else the error-code bits of the cause (PRESENT, PK)."""
@@ -241,7 +249,8 @@ cdef inline void paging_init_ept(Paging *p, uint64_t eptp, const CpuModel *model
         p.update_access = PFERR_USER | PFERR_WRITE
 
 
-cdef inline void paging_init_npt(Paging *p, uint64_t ncr3, int levels, const CpuModel *model, int dialect) noexcept nogil:
+cdef inline void paging_init_npt(Paging *p, uint64_t ncr3, int levels, const CpuModel *model,
+                                 int dialect) noexcept nogil:
     """Nested tables under nCR3: long-mode tables of a host with NXE = 1, walked as user accesses.
 
     APM vol. 2 section 15.25; the host's CR0.WP, SMEP, SMAP and keys do not apply.

@@ -58,8 +58,8 @@ def is_vectors(columns: _Columns) -> bool:
     return "exp_kind" in columns and "ent_off" in columns
 
 
-def _read(path: str | Path) -> tuple[_Columns, int, int]:
-    """The file with every column there, rows and words counted."""
+def _read(path: str | Path) -> tuple[_Columns, int]:
+    """The file with every column there, and its number of rows."""
     raw = read_npz(path)
     if not is_vectors(raw):
         raise FormatError(f"{path}: not a vectors file; expected columns 'exp_kind' and 'ent_off'")
@@ -89,7 +89,7 @@ def _read(path: str | Path) -> tuple[_Columns, int, int]:
         raise FormatError(f"{path}: column 'maxphyaddr' has the value {full['maxphyaddr'].min()}; allowed are 32 .. 52")
     if bool(np.any(full["ent_pa"] & 7)):
         raise FormatError(f"{path}: column 'ent_pa' has an address that is not a multiple of 8")
-    return full, rows, words
+    return full, rows
 
 
 def _walk(columns: _Columns, rows: int, dialect: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
@@ -141,7 +141,7 @@ def check(path: str | Path, *, dialect: str = "sdm", show: int = 5) -> FileRepor
     """
     if dialect not in ("sdm", "kvm"):
         raise ArgumentError(f"dialect is {dialect!r}; allowed are 'sdm' and 'kvm'")
-    columns, rows, words = _read(path)
+    columns, rows = _read(path)
     answers, after = _walk(columns, rows, dialect)
     theirs = np.zeros(rows, bool) if dialect == "sdm" else columns["kvm_diff"] == 1
     want = {k: np.where(theirs, columns[f"kvm_{k}"], columns[f"exp_{k}"]) for k in _ANSWERS}

@@ -96,7 +96,7 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
 
     if c.stage == STAGE_EPT_ONLY:
         if c.is_table:
-            # The access is given, whoever walks: with A/D on reading a table counts as a write, loading PDPTEs does not.
+            # The access is given, whoever walks: A/D on makes reading a table a write, but not loading PDPTEs.
             second = PFERR_USER | (PFERR_WRITE if c.linear_valid and host.accessed else 0)
         else:
             second = PFERR_USER if c.access == 0 else access & ~PFERR_USER
@@ -124,7 +124,8 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
     case_answer(a, fault, &gw, &hw, hw.va)
 
 
-cdef inline void case_answer(WalkAnswer *a, int fault, const Walk *w, const Walk *last, uint64_t fault_gpa) noexcept nogil:
+cdef inline void case_answer(WalkAnswer *a, int fault, const Walk *w, const Walk *last,
+                             uint64_t fault_gpa) noexcept nogil:
     a.kind = <uint8_t>fault
     if fault == FAULT_NONE:
         a.pa = last.gpa
