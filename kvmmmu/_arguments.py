@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmmmu.errors import ArgumentError
 
-__all__ = ["column_u64", "index_in", "index_u64"]
+__all__ = ["Words", "column_u64", "index_in", "index_u64"]
+
+# An integer, or anything NumPy makes an array of integers from.
+Words = SupportsIndex | npt.ArrayLike
 
 U64_MAX = 2**64 - 1
 
@@ -34,9 +37,9 @@ def index_in(name: str, value: SupportsIndex, low: int, high: int) -> int:
     return number
 
 
-def column_u64(name: str, values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+def column_u64(name: str, values: Words) -> npt.NDArray[np.uint64]:
     """Return ``values`` as uint64 with its shape kept; nothing is rounded or wrapped on the way."""
-    array = np.asarray(values)
+    array: npt.NDArray[Any] = np.asarray(values)
     if array.dtype.kind == "u":
         return array.astype(np.uint64, copy=False)
     if array.dtype.kind == "i":

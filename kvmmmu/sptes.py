@@ -18,15 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu import _core
-from kvmmmu._arguments import column_u64, index_in, index_u64
+from kvmmmu._arguments import Words, column_u64, index_in, index_u64
 from kvmmmu.constants import TABLE
 from kvmmmu.errors import ArgumentError
 
 __all__ = ["MmioColumns", "MmioSpte", "Mmu", "SpteFormat", "SpteHost", "SpteWords", "decode"]
 
 Mmu = Literal["shadow", "ept", "npt"]
-# An integer, or anything NumPy makes an array of integers from.
-Words = SupportsIndex | npt.ArrayLike
 _MMUS = ("shadow", "ept", "npt")
 _PAGE_NAMES = {1: "4 KiB", 2: "2 MiB", 3: "1 GiB", 4: "512 GiB", 5: "256 TiB"}
 _MEMORY_TYPES = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB"}
@@ -383,7 +381,7 @@ def _is_scalar(value: Words) -> TypeGuard[SupportsIndex]:
     if isinstance(value, np.ndarray):
         return False
     try:
-        operator.index(value)
+        operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return False
     return True
