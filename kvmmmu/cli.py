@@ -243,6 +243,19 @@ def _conform_table(console: Console, reports: list[Any]) -> None:
 
 
 @main.command()
+@click.argument("dump", type=click.Path(path_type=Path))
+@click.argument("gva", type=_Address())
+@click.option("--access", type=click.Choice(["r", "w", "x"]), default="r", show_default=True, help="Kind of access.")
+@click.option("--cpl", type=click.IntRange(0, 3), default=0, show_default=True, help="Privilege level.")
+@click.option("--dialect", type=click.Choice(["sdm", "kvm"]), default="sdm", show_default=True, help="Whose rules.")
+def walk(dump: Path, gva: int, access: str, cpl: int, dialect: str) -> None:
+    """Walk the page tables of a DUMP for one address, entry by entry, in words."""
+    from kvmmmu.dumps import PageTableDump
+
+    click.echo(PageTableDump.load(dump).paging(dialect=dialect).explain(gva, access, cpl))
+
+
+@main.command()
 @click.argument("spte", type=_Address())
 @click.option("--mmu", type=click.Choice(MMUS), default="shadow", show_default=True, help="Whose tables it stands in.")
 @click.option("--level", type=click.IntRange(1, 5), default=1, show_default=True, help="1 = 4 KiB … 5 = 256 TiB.")

@@ -38,16 +38,16 @@ class SpteHost(Protocol):
         """CPUID's MAXPHYADDR, before memory-encryption key bits are taken away."""
 
     @property
-    def phys_bits(self) -> int:
-        """Address bits left for memory."""
+    def phys_bits(self) -> int | None:
+        """Address bits left for memory; None: all of them."""
 
     @property
     def l1tf(self) -> bool:
         """The CPU has the L1TF flaw."""
 
     @property
-    def cache_bits(self) -> int:
-        """Address bits the L1 cache compares."""
+    def cache_bits(self) -> int | None:
+        """Address bits the L1 cache compares; None: as many as ``phys_bits``."""
 
     @property
     def ept_ad(self) -> bool:
