@@ -1,0 +1,54 @@
+"""Argument checks that several faces share: integers and columns from Python, named when they are wrong."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu.errors import ArgumentError
+
+__all__ = ["Words", "column_u64", "index_in", "index_u64"]
+
+# An integer, or anything NumPy makes an array of integers from.
+Words = SupportsIndex | npt.ArrayLike
+
+U64_MAX = 2**64 - 1
+
+
+def index_u64(name: str, value: SupportsIndex) -> int:
+    """Return ``value`` as an int in 0…2^64−1, or raise OverflowError (TypeError if it is no integer)."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {value!r} is not an integer") from None
+    if not 0 <= number <= U64_MAX:
+        raise OverflowError(f"{name}: {number} is outside 0…2^64−1")
+    return number
+
+
+def index_in(name: str, value: SupportsIndex, low: int, high: int) -> int:
+    """Return ``value`` as an int in ``low…high``, both included, or raise ArgumentError."""
+    number = index_u64(name, value)
+    if not low <= number <= high:
+        raise ArgumentError(f"{name}: {number} is outside {low}…{high}")
+    return number
+
+
+def column_u64(name: str, values: Words) -> npt.NDArray[np.uint64]:
+    """Return ``values`` as uint64 with its shape kept; nothing is rounded or wrapped on the way."""
+    array: npt.NDArray[Any] = np.asarray(values)
+    if array.dtype.kind == "u":
+        return array.astype(np.uint64, copy=False)
+    if array.dtype.kind == "i":
+        if array.size and int(array.min()) < 0:
+            raise OverflowError(f"{name}: {int(array.min())} is outside 0…2^64−1")
+        return array.astype(np.uint64)
+    if array.dtype.kind == "O":
+        flat = [index_u64(name, value) for value in array.ravel()]
+        return np.array(flat, dtype=np.uint64).reshape(array.shape)
+    if array.size == 0:
+        return np.empty(array.shape, np.uint64)
+    raise ArgumentError(f"{name}: dtype {array.dtype} is not an integer dtype")

@@ -1,0 +1,289 @@
+"""The ``kvmmmu`` command: reads arguments, calls the package, prints.  No logic of its own.
+
+Exit status: 0 everything agreed, 1 a disagreement or nothing checked, 2 bad input (one line says what and where).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvmmmu._version import __version__
+from kvmmmu.errors import KvmmmuError
+
+MMUS = ("shadow", "ept", "npt")
+AGREED, DISAGREED, BAD_INPUT = 0, 1, 2
+# What a file or a pipe gets: no terminal says how wide it is, and cut columns help nobody.
+PLAIN_WIDTH = 160
+
+
+class _Address(click.ParamType[int]):
+    """An unsigned 64-bit number, decimal or with a 0x prefix."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = value if isinstance(value, int) else int(value, 0)
+        except ValueError:
+            self.fail(f"{value!r} is no number; expected decimal or 0x…", param, ctx)
+        if not 0 <= number < 2**64:
+            self.fail(f"{value} is outside 0…2^64-1", param, ctx)
+        return number
+
+
+class _Commands(click.Group):
+    """Turns the package's named errors into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KvmmmuError, OverflowError) as error:
+            click.echo(f"kvmmmu: {' '.join(str(error).split())}", err=True)
+            ctx.exit(BAD_INPUT)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            click.echo(f"kvmmmu: {error.filename or 'file'}: {error.strerror or error}", err=True)
+            ctx.exit(BAD_INPUT)
+
+
+class _Bar:
+    """A progress bar on standard error, shown once the work has taken a second."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID = self._progress.add_task("", total=None)
+        self._began = time.monotonic()
+        self._shown = False
+
+    def describe(self, text: str) -> None:
+        """Name what is being done."""
+        self._progress.update(self._task, description=text)
+        self._show()
+
+    def advance(self, done: int, total: int | None) -> None:
+        """Say how far it has come."""
+        self._progress.update(self._task, completed=done, total=total)
+        self._show()
+
+    def _show(self) -> None:
+        if not self._shown and time.monotonic() - self._began > 1 and sys.stderr.isatty():
+            self._progress.start()
+            self._shown = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._shown:
+            self._progress.stop()
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
+
+
+def _print_json(document: object) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvmmmu")
+def main() -> None:
+    """KVM's x86 MMU: replay recorded runs, check the model against known answers, look at page tables."""
+
+
+@main.command()
+@click.argument("trace", required=False, type=click.Path(path_type=Path))
+@click.option("--mmu", type=click.Choice([*MMUS, "all"]), default="all", show_default=True, help="The MMU or MMUs.")
+@click.option(
+    "--mmio-scheme",
+    type=click.Choice(["off", "zap_all", "generation"]),
+    help="How MMIO faults are cached; the behaviour profile's own scheme if not given.",
+)
+@click.option("--pages", type=click.Path(path_type=Path), help="The .npz with a raw trace's page tables.")
+@click.option("--memory-map", type=click.Path(path_type=Path), help="The machine's map (default: memory-map.json).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
+def replay(
+    ctx: click.Context,
+    trace: Path | None,
+    mmu: str,
+    mmio_scheme: str | None,
+    pages: Path | None,
+    memory_map: Path | None,
+    as_json: bool,
+) -> None:
+    """Send a recorded run of a real kernel through the model and compare every answer.
+
+    Without TRACE the sample that is installed with the package is replayed.
+    """
+    from kvmmmu.conform import replay as engine
+    from kvmmmu.traces import bundled_trace, open_trace
+
+    opened = open_trace(trace or bundled_trace(), pages=pages, memory_map=memory_map)
+    reports = []
+    with _Bar() as bar:
+        for mode in MMUS if mmu == "all" else (mmu,):
+            bar.describe(mode)
+            reports.append(engine.replay(opened, mmu=mode, mmio_scheme=mmio_scheme, progress=bar.advance))
+    if as_json:
+        _print_json({"trace": str(opened.path), "modes": [report.as_dict() for report in reports]})
+    else:
+        _replay_table(_console(), reports)
+    ctx.exit(AGREED if all(report.ok for report in reports) else DISAGREED)
+
+
+def _replay_table(console: Console, reports: list[Any]) -> None:
+    table = Table(title=f"{reports[0].trace}: replay")
+    table.add_column("")
+    for report in reports:
+        table.add_column(report.mmu, justify="right")
+
+    def row(name: str, values: list[str], **how: Any) -> None:
+        table.add_row(name, *values, **how)
+
+    def group(title: str, field: str) -> None:
+        names = dict.fromkeys(name for report in reports for name in getattr(report, field))
+        for i, name in enumerate(names):
+            values = [f"{getattr(report, field).get(name, 0):,}" for report in reports]
+            row(f"{title}{name}", values, end_section=i == len(names) - 1)
+
+    row("events replayed", [f"{report.events:,}" for report in reports])
+    row("disagreements", [f"{report.disagreements:,}" for report in reports])
+    row(
+        "final page-table entries different",
+        [
+            f"{report.tables_different:,} of {report.tables_compared:,}" if report.tables_compared else "not recorded"
+            for report in reports
+        ],
+    )
+    row("events/s", [f"{report.events_per_second:,.0f}" for report in reports], end_section=True)
+    group("MMIO served by ", "mmio")
+    group("", "faults")
+    group("", "counters")
+    console.print(table)
+    for report in reports:
+        if report.first is not None:
+            console.print(f"{report.mmu}: first disagreement: {report.first}")
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR_OR_FILE...")
+@click.option("--show", type=click.IntRange(0), default=5, show_default=True, help="Disagreements shown per file.")
+@click.option(
+    "--dialect",
+    type=click.Choice(["sdm", "kvm", "both"]),
+    default="sdm",
+    show_default=True,
+    help="The manuals' answer or KVM's own software walker's; matters to vectors.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
+def conform(ctx: click.Context, paths: tuple[Path, ...], show: int, dialect: Any, as_json: bool) -> None:
+    """Check the model against vectors, dumps and traces; directories are searched."""
+    from kvmmmu.conform.run import check_paths
+
+    with _Bar() as bar:
+        reports = list(check_paths(paths, dialect=dialect, show=show, progress=bar.describe))
+    if as_json:
+        _print_json(
+            {
+                "files": [
+                    {
+                        "file": report.file,
+                        "kind": report.kind,
+                        "agreed": report.agreed,
+                        "total": report.total,
+                        "disagreements": report.disagreements,
+                    }
+                    for report in reports
+                ]
+            }
+        )
+    else:
+        _conform_table(_console(), reports)
+    ctx.exit(AGREED if reports and all(report.ok for report in reports) else DISAGREED)
+
+
+def _conform_table(console: Console, reports: list[Any]) -> None:
+    if not reports:
+        console.print("nothing was checked: no vectors, dumps or traces there")
+        return
+    table = Table()
+    table.add_column("file", overflow="fold")
+    table.add_column("kind")
+    table.add_column("agreed", justify="right")
+    table.add_column("total", justify="right")
+    for report in reports:
+        table.add_row(report.file, report.kind, f"{report.agreed:,}", f"{report.total:,}")
+    console.print(table)
+    for report in reports:
+        for text in report.disagreements:
+            console.print(f"{report.file}: {text}")
+
+
+@main.command()
+@click.argument("dump", type=click.Path(path_type=Path))
+@click.argument("gva", type=_Address())
+@click.option("--access", type=click.Choice(["r", "w", "x"]), default="r", show_default=True, help="Kind of access.")
+@click.option("--cpl", type=click.IntRange(0, 3), default=0, show_default=True, help="Privilege level.")
+@click.option("--dialect", type=click.Choice(["sdm", "kvm"]), default="sdm", show_default=True, help="Whose rules.")
+def walk(dump: Path, gva: int, access: str, cpl: int, dialect: str) -> None:
+    """Walk the page tables of a DUMP for one address, entry by entry, in words."""
+    from kvmmmu.dumps import PageTableDump
+
+    click.echo(PageTableDump.load(dump).paging(dialect=dialect).explain(gva, access, cpl))
+
+
+@main.command()
+@click.argument("spte", type=_Address())
+@click.option("--mmu", type=click.Choice(MMUS), default="shadow", show_default=True, help="Whose tables it stands in.")
+@click.option("--level", type=click.IntRange(1, 5), default=1, show_default=True, help="1 = 4 KiB … 5 = 256 TiB.")
+@click.option("--maxphyaddr", type=int, default=46, show_default=True, help="The host's MAXPHYADDR.")
+@click.option("--phys-bits", type=int, help="Address bits after encryption keys (default: MAXPHYADDR).")
+@click.option("--l1tf", is_flag=True, help="The host has the L1TF flaw.")
+@click.option("--cache-bits", type=int, help="Address bits its L1 cache compares (default: --phys-bits).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
+def decode(
+    spte: int,
+    mmu: Any,
+    level: int,
+    maxphyaddr: int,
+    phys_bits: int | None,
+    l1tf: bool,
+    cache_bits: int | None,
+    as_json: bool,
+) -> None:
+    """Say in words what an spte (KVM's own page-table entry) is."""
+    from kvmmmu.sptes import SpteFormat
+
+    made_by = SpteFormat(mmu, maxphyaddr=maxphyaddr, phys_bits=phys_bits, l1tf=l1tf, cache_bits=cache_bits)
+    words = made_by.decode(spte, level=level)
+    if as_json:
+        _print_json({"spte": words.spte, "level": words.level, "kind": words.kind, "facts": words.facts})
+    else:
+        click.echo(str(words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""A recorded run sent through the model: every event, every fault and the final page tables compared."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu.conform.report import FileReport
+from kvmmmu.constants import TABLE
+from kvmmmu.errors import FormatError, KvmmmuError
+from kvmmmu.traces import Chunk, Kind, MemoryArea, Trace, open_trace
+
+__all__ = ["MMUS", "Memory", "ReplayReport", "check", "replay"]
+
+MMUS = ("shadow", "ept", "npt")
+PAGE = 4096
+# PAE: the emulator that recorded the runs sets A (bit 5) and D (bit 6) in PDPTEs, where a processor reserves them.
+PDPTE_AD = np.uint64(TABLE["PT_ACCESSED_MASK"] | TABLE["PT_DIRTY_MASK"])
+PDPTES = 4
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """What one replay in one mode showed.
+
+    Attributes
+    ----------
+    trace, mmu : str
+    mmio_scheme : str or None
+        The scheme asked for; None is the behaviour profile's own.
+    events : int
+        Records replayed.
+    disagreements : int
+        Records whose answer was not the recorded one.
+    first : str or None
+        The first of them, in words.
+    tables_compared, tables_different : int
+        Entries of the final page tables; 0 compared where the file does not have them.
+    mmio : dict
+        MMIO accesses by how they were served.
+    faults, counters : dict
+        KVM's counters, those of page faults apart.
+    seconds : float
+        Wall time of the replay.
+    """
+
+    trace: str
+    mmu: str
+    mmio_scheme: str | None
+    events: int
+    disagreements: int
+    first: str | None
+    tables_compared: int
+    tables_different: int
+    mmio: dict[str, int]
+    faults: dict[str, int]
+    counters: dict[str, int]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was checked and everything agreed."""
+        return self.events > 0 and self.disagreements == 0 and self.tables_different == 0
+
+    @property
+    def events_per_second(self) -> float:
+        """Events per second of wall time."""
+        return self.events / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return {**asdict(self), "ok": self.ok, "events_per_second": round(self.events_per_second)}
+
+
+class Memory:
+    """The machine's memory at the start of a run: one buffer, the page tables copied in, the rest zero."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.areas: list[tuple[MemoryArea, int]] = []
+        nbytes = 0
+        for area in trace.memory_map:
+            if area.is_memory:
+                self.areas.append((area, nbytes))
+                nbytes += area.nbytes
+        try:
+            backing = np.zeros(nbytes + PAGE, np.uint8)
+        except (MemoryError, ValueError):
+            raise FormatError(f"{trace.path}: memory map: {nbytes} bytes of memory cannot be had") from None
+        skip = -backing.ctypes.data % PAGE
+        self.bytes = backing[skip : skip + nbytes]
+        self.words = self.bytes.view(np.uint64)
+        for gpa, page in zip(trace.page_gpa.tolist(), trace.page_t0, strict=True):
+            self.page(gpa)[:] = page
+
+    def offset(self, gpa: int) -> int | None:
+        """Where a guest-physical byte stands in the buffer; None outside memory."""
+        for area, start in self.areas:
+            if area.start_gpa <= gpa <= area.end_gpa:
+                return start + gpa - area.start_gpa
+        return None
+
+    def page(self, gpa: int) -> npt.NDArray[np.uint64]:
+        """The 512 words of a page of memory, as a view."""
+        at = self.offset(gpa)
+        if at is None:
+            raise FormatError(f"page_gpa: {gpa:#x} is outside the machine's memory")
+        return self.words[at // 8 : at // 8 + 512]
+
+    def pdptes(self, cr3: int) -> npt.NDArray[np.uint64] | None:
+        """The four PDPTEs that CR3 names in PAE paging, as a view; None outside memory."""
+        at = self.offset(cr3 & 0xFFFFFFE0)
+        return None if at is None else self.words[at // 8 : at // 8 + PDPTES]
+
+
+class _PaeRoots:
+    """The CR3 values a run loads while in PAE paging, each as it is first met."""
+
+    def __init__(self) -> None:
+        self.pae = False
+        self.seen: set[int] = set()
+
+    def split(self, chunk: Chunk) -> Iterator[tuple[Chunk, int | None]]:
+        """Cut a chunk before each record that loads a PAE root for the first time; yields (part, root or None)."""
+        first = 0
+        root: int | None = None
+        for at in np.flatnonzero((chunk.kind == Kind.STATE) | (chunk.kind == Kind.MOVCR)).tolist():
+            if chunk.kind[at] == Kind.STATE:
+                cr0, cr4 = int(chunk.b[at]) & 0xFFFFFFFF, int(chunk.b[at]) >> 32
+                efer = int(chunk.c[at]) & 0xFFFFFFFF
+                self.pae = bool(
+                    cr0 & TABLE["CR0_PG"] and cr4 & TABLE["CR4_PAE"] and not efer & TABLE["EFER_LMA"]
+                )
+            elif chunk.b[at] != 3:
+                continue
+            cr3 = int(chunk.a[at]) & 0xFFFFFFE0
+            if self.pae and cr3 not in self.seen:
+                self.seen.add(cr3)
+                yield chunk.part(first, at), root
+                first, root = at, cr3
+        yield chunk.part(first, len(chunk)), root
+
+
+def _machine(mmu: str, mmio_scheme: str | None, behaviour: str) -> tuple[Any, Any]:
+    """A VM with one vCPU that looks like the recorded one (40 address bits)."""
+    face: Any = importlib.import_module("kvmmmu")
+    switches = {} if mmio_scheme is None else {"mmio_scheme": mmio_scheme}
+    vm = face.VM(mmu=mmu, host=face.HostCpu(maxphyaddr=46), behaviour=behaviour, **switches)
+    return vm, vm.create_vcpu(face.GuestCpu(maxphyaddr=40))
+
+
+def replay(
+    trace: Trace,
+    *,
+    mmu: str,
+    mmio_scheme: str | None = None,
+    behaviour: str = "6.1",
+    progress: Progress | None = None,
+) -> ReplayReport:
+    """Send a recorded run through the model in one mode.
+
+    Parameters
+    ----------
+    trace : Trace
+    mmu : {"shadow", "ept", "npt"}
+    mmio_scheme : str, optional
+        How MMIO faults are cached; the behaviour profile's own scheme if not given.
+    behaviour : str
+        The behaviour profile.
+    progress : callable, optional
+        Called with (records done, records in all or None) after each chunk.
+
+    Raises
+    ------
+    FormatError
+        The trace is truncated or corrupt.
+    """
+    memory = Memory(trace)
+    vm, vcpu = _machine(mmu, mmio_scheme, behaviour)
+    for area, start in memory.areas:
+        part = memory.bytes[start : start + area.nbytes]
+        vm.memslots.create(gpa=area.start_gpa, memory=part, readonly=area.kind == "rom")
+    roots = _PaeRoots()
+    events = disagreements = 0
+    first: str | None = None
+    began = time.perf_counter()
+    for chunk in trace.chunks():
+        for span, root in roots.split(chunk):
+            if root is not None and (pdptes := memory.pdptes(root)) is not None:
+                pdptes &= ~PDPTE_AD
+            if not len(span):
+                continue
+            done = vcpu.replay(
+                span.kind, span.a, span.b, span.c, span.size, span.flags, span.cpl, start=span.start
+            )
+            events += done.n_done
+            disagreements += done.disagreements
+            if first is None and done.first is not None:
+                first = _disagreement(done.first)
+            if done.n_done != len(span):
+                raise KvmmmuError(
+                    f"{trace.path}: record {span.start + done.n_done}: the {mmu} replay stopped, "
+                    f"{len(span) - done.n_done} records of its chunk were not looked at"
+                )
+        if progress is not None:
+            progress(events, trace.n_records)
+    seconds = time.perf_counter() - began
+    compared, different, where = _compare_tables(trace, memory, roots.seen)
+    stats: Mapping[str, int] = vm.stats
+    return ReplayReport(
+        trace=trace.path.name,
+        mmu=mmu,
+        mmio_scheme=mmio_scheme,
+        events=events,
+        disagreements=disagreements,
+        first=first or where,
+        tables_compared=compared,
+        tables_different=different,
+        mmio={name: int(stats[key]) for name, key in _MMIO_SERVED.items()},
+        faults={name: int(value) for name, value in stats.items() if name.startswith("pf_")},
+        counters={name: int(value) for name, value in stats.items() if not name.startswith("pf_")},
+        seconds=seconds,
+    )
+
+
+_MMIO_SERVED = {"vCPU cache": "mmio_cache_hit", "mmio spte": "mmio_spte_hit", "slow path": "mmio_slow"}
+
+
+def _disagreement(first: tuple[Any, ...]) -> str:
+    record, event, expected, got, *explanation = first
+    lines = [f"record {record}: {event}: expected {expected}, got {got}", *map(str, explanation)]
+    return "\n".join(lines)
+
+
+def _compare_tables(trace: Trace, memory: Memory, roots: set[int]) -> tuple[int, int, str | None]:
+    """Compare the final page tables; (entries compared, entries different, the first difference in words)."""
+    if trace.page_t1 is None:
+        return 0, 0, None
+    different = 0
+    where: str | None = None
+    for gpa, expected in zip(trace.page_gpa.tolist(), trace.page_t1, strict=True):
+        mask = np.full(512, TABLE["ALL_ONES"], np.uint64)
+        for root in roots:
+            if root - gpa in range(PAGE):
+                mask[(root - gpa) // 8 : (root - gpa) // 8 + PDPTES] &= ~PDPTE_AD
+        got = memory.page(gpa)
+        wrong = np.flatnonzero((got ^ expected) & mask)
+        different += len(wrong)
+        if where is None and len(wrong):
+            at = int(wrong[0])
+            where = (
+                f"final page table at gpa {gpa:#x}, entry {at}: "
+                f"expected {int(expected[at]):#x}, got {int(got[at]):#x}"
+            )
+    return 512 * len(trace.page_gpa), different, where
+
+
+def check(path: str | Path, *, show: int = 5) -> FileReport:
+    """Replay a trace in all three modes and count what agreed: every event and every entry of the final tables."""
+    trace = open_trace(path)
+    reports = [replay(trace, mmu=mmu) for mmu in MMUS]
+    total = sum(report.events + report.tables_compared for report in reports)
+    wrong = sum(report.disagreements + report.tables_different for report in reports)
+    texts = [f"{report.mmu}: {report.first}" for report in reports if report.first is not None]
+    return FileReport(str(path), "trace", total - wrong, total, texts[:show])

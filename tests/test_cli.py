@@ -1,0 +1,187 @@
+"""The command line: exit status 0 agreed, 1 not, 2 bad input with one line that says what."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import kvmmmu.conform.replay
+import kvmmmu.conform.run
+from kvmmmu._version import __version__
+from kvmmmu.cli import main
+from kvmmmu.conform.replay import ReplayReport
+from kvmmmu.conform.report import FileReport
+from kvmmmu.sptes import SpteFormat
+from kvmmmu.traces import Trace
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def one_line(result: Result) -> str:
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").output.split()[-1] == __version__
+
+
+def test_every_command_explains_itself() -> None:
+    for command in ("replay", "conform", "walk", "decode"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert len(result.output.splitlines()) > 5
+
+
+# ---- decode
+
+
+def test_decode_says_in_words_what_an_spte_is() -> None:
+    spte = SpteFormat("ept").mmio_encode(0xFEE00, 0, 7)
+    result = run("decode", hex(spte), "--mmu", "ept")
+    assert result.exit_code == 0
+    assert "mmio" in result.output
+    assert "0xfee00" in result.output
+    assert "generation 7" in result.output
+
+
+def test_decode_gives_json_to_programs() -> None:
+    document = json.loads(run("decode", "0x827", "--level", "2", "--json").output)
+    assert document["kind"] == "table"
+    assert document["spte"] == 0x827
+
+
+def test_decode_takes_the_hosts_own_layout() -> None:
+    spte = SpteFormat("shadow", l1tf=True, cache_bits=44).mmio_encode(1 << 30, 6, 0)
+    assert "0x40000000;" in run("decode", str(spte), "--l1tf", "--cache-bits", "44").output
+    assert "0x40000000;" not in run("decode", str(spte)).output
+
+
+@pytest.mark.parametrize("spte", ["-1", "18446744073709551616", "0x", "words"])
+def test_decode_refuses_what_is_no_64_bit_word(spte: str) -> None:
+    assert run("decode", "--", spte).exit_code == 2
+
+
+def test_decode_refuses_a_host_that_cannot_be() -> None:
+    assert "maxphyaddr: 60 is outside 32…52" in one_line(run("decode", "1", "--maxphyaddr", "60"))
+
+
+# ---- replay (what is printed; the engine is not asked here)
+
+
+def made_report(mmu: str, **change: Any) -> ReplayReport:
+    report: dict[str, Any] = {
+        "trace": "run.npz",
+        "mmu": mmu,
+        "mmio_scheme": None,
+        "events": 1_234_567,
+        "disagreements": 0,
+        "first": None,
+        "tables_compared": 512,
+        "tables_different": 0,
+        "mmio": {"vCPU cache": 11, "mmio spte": 22, "slow path": 33},
+        "faults": {"pf_taken": 44},
+        "counters": {"mmu_unsync": 55},
+        "seconds": 0.5,
+    }
+    return ReplayReport(**{**report, **change})
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Replaces the replay by ready-made reports; lists what was asked for."""
+    calls: list[tuple[str, str | None]] = []
+
+    def stand_in(trace: Trace, *, mmu: str, mmio_scheme: str | None, progress: Any) -> ReplayReport:
+        progress(1, trace.n_records)
+        calls.append((mmu, mmio_scheme))
+        wrong = {"disagreements": 1, "first": "record 9: as told"} if mmio_scheme == "off" else {}
+        return made_report(mmu, **wrong)
+
+    monkeypatch.setattr(kvmmmu.conform.replay, "replay", stand_in)
+    return calls
+
+
+def test_replay_without_a_trace_takes_the_bundled_one_in_all_modes(asked: list[tuple[str, str | None]]) -> None:
+    result = run("replay")
+    assert result.exit_code == 0
+    assert asked == [("shadow", None), ("ept", None), ("npt", None)]
+    for text in ("shadow", "ept", "npt", "1,234,567", "0 of 512", "vCPU cache", "pf_taken", "mmu_unsync", "2,469,134"):
+        assert text in result.output
+
+
+def test_replay_in_one_mode_with_one_scheme(asked: list[tuple[str, str | None]]) -> None:
+    run("replay", "--mmu", "ept", "--mmio-scheme", "zap_all")
+    assert asked == [("ept", "zap_all")]
+
+
+def test_a_disagreement_in_a_replay_is_exit_status_1_and_is_told(asked: list[tuple[str, str | None]]) -> None:
+    result = run("replay", "--mmu", "npt", "--mmio-scheme", "off")
+    assert result.exit_code == 1
+    assert "npt: first disagreement: record 9: as told" in result.output
+
+
+def test_replay_gives_json_to_programs(asked: list[tuple[str, str | None]]) -> None:
+    document = json.loads(run("replay", "--json").output)
+    assert [mode["mmu"] for mode in document["modes"]] == ["shadow", "ept", "npt"]
+    assert document["modes"][0]["events_per_second"] == 2_469_134
+    assert document["modes"][0]["mmio"]["mmio spte"] == 22
+
+
+def test_replay_refuses_a_trace_that_is_none(tmp_path: Path) -> None:
+    assert "absent.npz: file: no such file" in one_line(run("replay", str(tmp_path / "absent.npz")))
+    (tmp_path / "cut.npz").write_bytes(b"PK")
+    (tmp_path / "memory-map.json").write_text('{"cut": [{"start": 0, "end": 4095, "kind": "ram"}]}')
+    assert "cut.npz" in one_line(run("replay", str(tmp_path / "cut.npz")))
+    assert run("replay", "--mmu", "tdp").exit_code == 2
+
+
+# ---- conform
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[FileReport]:
+    """Replaces the checks by ready-made reports."""
+    reports: list[FileReport] = []
+    monkeypatch.setattr(kvmmmu.conform.run, "check_paths", lambda paths, **how: iter(reports))
+    return reports
+
+
+def test_conform_is_0_only_if_every_file_agreed(found: list[FileReport]) -> None:
+    found.append(FileReport("a.npz", "vectors", 10_000, 10_000))
+    result = run("conform", ".")
+    assert result.exit_code == 0
+    assert "10,000" in result.output
+    found.append(FileReport("b.npz", "dump", 9, 10, ["row 3: expected this, got that"]))
+    result = run("conform", ".")
+    assert result.exit_code == 1
+    assert "b.npz: row 3: expected this, got that" in result.output
+
+
+def test_conform_is_1_when_nothing_was_checked(found: list[FileReport]) -> None:
+    assert run("conform", ".").exit_code == 1
+    found.append(FileReport("empty.npz", "vectors", 0, 0))
+    assert run("conform", ".").exit_code == 1
+
+
+def test_conform_gives_json_to_programs(found: list[FileReport]) -> None:
+    found.append(FileReport("a.npz", "vectors", 9, 10, ["row 3"]))
+    document = json.loads(run("conform", ".", "--json").output)
+    assert document == {
+        "files": [{"file": "a.npz", "kind": "vectors", "agreed": 9, "total": 10, "disagreements": ["row 3"]}]
+    }
+
+
+def test_conform_refuses_strangers_among_the_truth(tmp_path: Path) -> None:
+    (tmp_path / "golden.tar.xz").write_bytes(b"")
+    assert "golden.tar.xz: file: not vectors, a dump or a trace" in one_line(run("conform", str(tmp_path)))
+    assert "no such file" in one_line(run("conform", str(tmp_path / "absent")))
+    assert run("conform").exit_code == 2

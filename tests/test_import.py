@@ -1,0 +1,17 @@
+"""What importing the package costs."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+import kvmmmu
+print(*sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))
+"""
+
+
+def test_importing_kvmmmu_imports_numpy_and_nothing_else_from_outside() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    outside = set(done.stdout.split()) - {"kvmmmu", "__main__"}
+    # Names that begin with an underscore are site hooks of the environment (editable installs, virtualenv).
+    assert {name for name in outside if not name.startswith(("_", "sitecustomize"))} <= {"numpy"}
