@@ -179,9 +179,9 @@ from kvmmmu.bits.paging cimport (
     paging_pdptr_bad, permission_fault, rsvd_bits,
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
-from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.state cimport Access, MemMap
 from kvmmmu.engine.translate cimport Translation, mappings_next, mappings_tables, translate_many, walk_any
-from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested
+from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 
 
@@ -231,7 +231,7 @@ cdef class WalkColumn:
             kind = "writable, " if writable else ""
             raise ArgumentError(f"{name} must be a {kind}contiguous buffer: {e}") from None
         self.held = True
-        if <size_t>self.view.buf % 8:
+        if itemsize % 8 == 0 and <size_t>self.view.buf % 8:
             raise ArgumentError(f"{name} starts at an address that is not a multiple of 8")
         if self.view.len % itemsize or (n >= 0 and self.view.len != n * itemsize):
             wanted = f"{n} items" if n >= 0 else "whole items"
@@ -527,6 +527,7 @@ def record_layouts():
     cdef WalkCase c
     cdef WalkAnswer a
     cdef Translation t
+    cdef Access x
     case = [(n, f"u{s}", o) for n, s, o in (
         ("cr0", 8, <size_t>&c.cr0 - <size_t>&c), ("cr3", 8, <size_t>&c.cr3 - <size_t>&c),
         ("cr4", 8, <size_t>&c.cr4 - <size_t>&c), ("efer", 8, <size_t>&c.efer - <size_t>&c),
@@ -551,7 +552,16 @@ def record_layouts():
         ("page_shift", 1, <size_t>&t.page_shift - <size_t>&t), ("access", 1, <size_t>&t.access - <size_t>&t),
         ("level", 1, <size_t>&t.level - <size_t>&t),
     )]
+    access = [(n, f, o) for n, f, o in (
+        ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
+        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x), ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
+        ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
+        ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
+        ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
+        ("path", "u1", <size_t>&x.path - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
+    )]
     return {
+        "access": (access, sizeof(Access)),
         "case": (case, sizeof(WalkCase)), "answer": (answer, sizeof(WalkAnswer)),
         "translation": (translation, sizeof(Translation)),
     }
@@ -616,25 +626,33 @@ from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.events cimport events_copy
-from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation
+from kvmmmu.engine.hostmem cimport vm_hostmem
+from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
 from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
 from kvmmmu.engine.roles cimport roles_refresh
+from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
+from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
 
 import numpy as np
 
 from kvmmmu.errors import ArgumentError, VCpuBusyError, VmBusyError, VmClosedError
+from kvmmmu.outcome import Outcome, Path
+
+# By number: OUTCOME_* and PATH_*.
+OUTCOMES = tuple(Outcome)
+PATHS = tuple(Path)
 
 cdef extern from "stdlib.h" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -1000,13 +1018,92 @@ cdef class VmCore:
         return ld_u64(&self.vm.events.dropped)
 
 
+@cython.final
+@cython.freelist(64)
+cdef class AccessResult:
+    """One access of a guest and what became of it.
+
+    Attributes
+    ----------
+    outcome : Outcome
+    path : Path
+        Who carried it out: the processor alone, the processor after page faults, or KVM's emulator.
+    gpa : int or None
+        Guest-physical address of the first byte.
+    error_code : int
+        Of a #PF; an errno for ``Outcome.ERROR``.
+    gva : int
+        Address that faulted (CR2); 0 without a fault.
+    mmio : tuple of (gpa, size)
+        Pieces of the access, one per page, that no memory took: the caller completes them.
+    exits : int
+        VM exits it cost.
+    """
+
+    cdef Access a
+
+    @property
+    def outcome(self):
+        return OUTCOMES[self.a.outcome]
+
+    @property
+    def path(self):
+        return PATHS[self.a.path]
+
+    @property
+    def gpa(self):
+        return None if self.a.gpa == ALL_ONES else self.a.gpa
+
+    @property
+    def error_code(self):
+        return self.a.error_code
+
+    @property
+    def gva(self):
+        return self.a.fault_gva
+
+    @property
+    def exits(self):
+        return self.a.exits
+
+    @property
+    def ok(self):
+        return self.a.outcome == OUTCOME_OK
+
+    @property
+    def mmio(self):
+        return tuple([(self.a.mmio_gpa[i], self.a.mmio_size[i]) for i in range(self.a.n_mmio)])
+
+    def __repr__(self):
+        parts = [self.outcome.name, f"path={self.path.name}"]
+        if self.a.gpa != ALL_ONES:
+            parts.append(f"gpa={self.a.gpa:#x}")
+        if self.a.outcome == OUTCOME_PF or self.a.outcome == OUTCOME_GP:
+            parts.append(f"error_code={self.a.error_code:#x}, gva={self.a.fault_gva:#x}")
+        if self.a.outcome == OUTCOME_ERROR:
+            parts.append(f"errno={self.a.error_code}")
+        parts += [f"mmio={gpa:#x}+{size}" for gpa, size in self.mmio]
+        return f"AccessResult({', '.join(parts)}, exits={self.a.exits})"
+
+
+cdef uint64_t kind_arg(object kind) except? 0:
+    """PFERR_* bits of "r", "w", "x" or the codes 0, 1, 2."""
+    if kind == "r" or kind == 0:
+        return 0
+    if kind == "w" or kind == 1:
+        return PFERR_WRITE
+    if kind == "x" or kind == 2:
+        return PFERR_FETCH
+    raise ArgumentError(f"kind is {kind!r}; allowed are 'r', 'w', 'x' (or their codes 0, 1, 2)")
+
+
 cdef class VcpuCore:
-    """One vCPU of a VM; the struct lives as long as the VM."""
+    """One vCPU of a VM; the struct lives as long as the VM.  ``kvmmmu.VCpu`` is its face."""
 
     cdef VmCore owner
     cdef Vcpu *vcpu
 
-    def __cinit__(self, VmCore owner not None):
+    def __cinit__(self, VmCore owner not None, tuple model not None, *args):
         cdef Vm *vm = owner.vm
         cdef Vcpu *vcpu
         cdef kvmmmu_line *line
@@ -1019,15 +1116,17 @@ cdef class VcpuCore:
             free(line)
             raise MemoryError("no memory for a vCPU")
         memset(line, 0, 64)
+        vcpu.vm = vm
+        vcpu.line = line
+        model_arg(&vcpu.model, model)
         slots_lock(vm)
         if vm.n_vcpus == MAX_VCPUS:
             slots_unlock(vm)
             free(vcpu)
             free(line)
             raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
-        vcpu.vm = vm
         vcpu.id = vm.n_vcpus
-        vcpu.line = line
+        roles_refresh(vcpu)
         vm.vcpus[vcpu.id] = vcpu
         vm.lines[vcpu.id] = line
         vm.n_vcpus += 1
@@ -1036,13 +1135,12 @@ cdef class VcpuCore:
 
     @property
     def id(self):
+        """Number of the vCPU, from 0 in order of creation."""
         return self.vcpu.id
 
     @property
-    def vm(self):
+    def core(self):
         return self.owner
-
-    # -- running the guest
 
     cdef int claim(self) except -1:
         self.owner.check_open()
@@ -1053,26 +1151,202 @@ cdef class VcpuCore:
     cdef void release(self) noexcept:
         st_release_u32(&self.vcpu.busy, 0)
 
-    def setup(self, tuple model):
-        """What the guest's CPUID says, and the registers of a reset."""
-        cdef Vcpu *v = self.vcpu
-        (v.model.maxphyaddr, v.model.gbpages, v.model.amd, v.model.exec_only, v.model.ept_2m, v.model.ept_1g,
-         v.model.no_pse36) = model
-        roles_refresh(v)
+    # -- registers
 
-    def set_sregs(self, cr0, cr3, cr4, efer, pkru):
+    def registers(self):
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        cdef Vcpu *v = self.vcpu
+        return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
+                tuple([v.regs.pdptr[i] for i in range(4)]))
+
+    def set_mode(self, int cpl, bint ac):
+        self.claim()
+        self.vcpu.cpl = cpl
+        self.vcpu.ac = ac
+        self.release()
+
+    def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
+        """KVM_SET_SREGS; False: the values do not go together, nothing changed."""
         cdef CpuRegs regs
+        cdef int result
+        memset(&regs, 0, sizeof(regs))
         regs.cr0 = as_word(cr0, "cr0")
         regs.cr3 = as_word(cr3, "cr3")
         regs.cr4 = as_word(cr4, "cr4")
         regs.efer = as_word(efer, "efer")
         regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
+        regs.compat = compat
         self.claim()
         result = set_sregs(self.vcpu, &regs)
         self.release()
         return result == REG_OK
 
-    def replay(self, a, b, c, kind, size, flags, cpl, bint values, stop_after):
+    def load_register(self, int n, value):
+        """MOV to CR0, CR3, CR4 (``n`` 0, 3, 4) or WRMSR to EFER (8); False: #GP(0), nothing changed."""
+        cdef uint64_t word = as_word(value, "value")
+        cdef int result
+        self.claim()
+        if n == 0:
+            result = mov_cr0(self.vcpu, word)
+        elif n == 3:
+            result = load_cr3(self.vcpu, word)
+        elif n == 4:
+            result = mov_cr4(self.vcpu, word)
+        else:
+            result = write_efer(self.vcpu, word)
+        self.release()
+        return result == REG_OK
+
+    def invlpg(self, gva):
+        """INVLPG of one page.
+
+        Parameters
+        ----------
+        gva : int
+            Any address in the page.
+
+        Notes
+        -----
+        Shadow paging drops a leaf of an unsync shadow page and maps at once what the guest's table says now.
+        Under EPT and NPT the instruction does not reach KVM.
+        """
+        cdef uint64_t word = as_word(gva, "gva")
+        self.claim()
+        vcpu_invlpg(self.vcpu, word)
+        self.release()
+
+    def sync_roots(self):
+        """Bring every unsync shadow page under the current root in line with the guest's tables.
+
+        Nothing under EPT, NPT or without paging.
+        """
+        self.claim()
+        roots_sync(self.vcpu)
+        self.release()
+
+    # -- accesses
+
+    def access(self, gva, kind="r", cpl=None, int size=1, value=None, bint implicit=False):
+        """Make one access as guest code would, with every fault and exit it causes.
+
+        Parameters
+        ----------
+        gva : int
+            Guest virtual address of the first byte.
+        kind : {"r", "w", "x"} or {0, 1, 2}
+            Read, write or fetch.
+        cpl : int, optional
+            Privilege level 0 to 3; the vCPU's own by default.
+        size : int
+            Bytes, 1 to 64; the access may cross a page.
+        value : int, optional
+            What a write stores, little endian.  Without it nothing is moved, but every check and exit happens.
+        implicit : bool
+            A supervisor access to a system structure, whatever the privilege level.
+
+        Returns
+        -------
+        AccessResult
+
+        Raises
+        ------
+        OverflowError
+            ``gva`` or ``value`` negative or too wide.
+        ArgumentError
+            ``kind``, ``cpl`` or ``size`` out of range.
+        VCpuBusyError
+            Another thread uses this vCPU.
+        """
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef uint64_t word = as_word(gva, "gva")
+        cdef uint64_t bits = kind_arg(kind)
+        cdef uint8_t data[64]
+        cdef uint8_t *moved = NULL
+        cdef uint8_t own = self.vcpu.cpl
+        if size < 1 or size > 64:
+            raise ArgumentError(f"size is {size}; allowed are 1 .. 64 bytes")
+        if value is not None:
+            if bits != PFERR_WRITE:
+                raise ArgumentError("value is given; it goes with writes only")
+            store_value(data, value, size)
+            moved = data
+        cdef int level = own if cpl is None else cpl_arg(cpl)
+        if implicit:
+            bits |= PFERR_IMPLICIT
+        self.claim()
+        self.vcpu.cpl = <uint8_t>level
+        vcpu_access(self.vcpu, word, bits, size, moved, &result.a)
+        self.vcpu.cpl = own
+        self.release()
+        return result
+
+    def move(self, gva, size, data, int cpl, bint write):
+        """An access of up to 64 bytes with its data: (result, bytes of what memory gave)."""
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef uint64_t word = as_word(gva, "gva")
+        cdef int n = size
+        cdef uint8_t buffer[64]
+        cdef uint8_t own = self.vcpu.cpl
+        memset(buffer, 0, 64)
+        if write:
+            buffer[:n] = <bytes>data
+        self.claim()
+        self.vcpu.cpl = <uint8_t>cpl
+        vcpu_access(self.vcpu, word, PFERR_WRITE if write else 0, n, buffer, &result.a)
+        self.vcpu.cpl = own
+        self.release()
+        return result, <bytes>buffer[:n]
+
+    def mmio_offsets(self, AccessResult result not None):
+        """Where in the access each piece of ``result.mmio`` stands."""
+        return [result.a.mmio_offset[i] for i in range(result.a.n_mmio)]
+
+    def access_into(self, gvas, kinds, out, int cpl, int size):
+        """A column of accesses, in order, into a column of records; ``kinds`` is a column or None for reads."""
+        cdef WalkColumn src = WalkColumn.of(gvas, "gvas", 8, -1, False)
+        cdef int64_t n = src.view.len // 8
+        cdef WalkColumn codes = WalkColumn.of(kinds, "kinds", 1, n, False)
+        cdef WalkColumn dst = WalkColumn.of(out, "out", sizeof(Access), n, True)
+        cdef uint8_t own = self.vcpu.cpl
+        self.claim()
+        self.vcpu.cpl = <uint8_t>cpl
+        with nogil:
+            access_many(self.vcpu, <const uint64_t *>src.view.buf, <const uint8_t *>codes.view.buf, n, size,
+                        <Access *>dst.view.buf)
+        self.vcpu.cpl = own
+        self.release()
+
+    def walk_records(self, gva, kind, int cpl):
+        """The guest's tables and the processor's for one address, as they are: nothing is set or faulted.
+
+        (guest walk, walk of the tables KVM built or None before there are any), as dictionaries.
+        """
+        cdef Vcpu *v = self.vcpu
+        cdef uint64_t word = as_word(gva, "gva")
+        cdef uint64_t bits = kind_arg(kind)
+        cdef Walk w, hw
+        cdef int hint = 0
+        if cpl == 3:
+            bits |= PFERR_USER
+        self.claim()
+        walk_memory(&v.guest, &vm_slots(v.vm, v.smm).map, &hint, &w, word, bits, v.ac, False)
+        guest = walk_dict(&v.guest, &w)
+        built = None
+        if v.root.page:
+            hint = 0
+            if v.vm.mmu == MMU_SHADOW:
+                walk_memory(&v.hw, vm_hostmem(v.vm), &hint, &hw, word, bits, v.ac, False)
+            else:
+                walk_memory(&v.hw, vm_hostmem(v.vm), &hint, &hw, w.gpa if not w.fault else w.entry_gpa,
+                            (bits & (PFERR_WRITE | PFERR_FETCH)) | PFERR_USER, False, False)
+            built = walk_dict(&v.hw, &hw)
+        self.release()
+        return guest, built
+
+    # -- recorded runs
+
+    def replay_into(self, a, b, c, kind, size, flags, cpl, bint values, stop_after):
+        """Run records given as columns; the totals as a dictionary, ``what`` 0 if all agreed."""
         cdef ReplayTotals t
         cdef TraceColumns e
         cdef uint64_t n = len(a)
@@ -1084,6 +1358,7 @@ cdef class VcpuCore:
         cdef WalkColumn cs = WalkColumn.of(size, "size", 1, n, False)
         cdef WalkColumn cf = WalkColumn.of(flags, "flags", 1, n, False)
         cdef WalkColumn cp = WalkColumn.of(cpl, "cpl", 1, n, False)
+        cdef AccessResult access = AccessResult.__new__(AccessResult)
         e.a = <const uint64_t *>ca.view.buf
         e.b = <const uint64_t *>cb.view.buf
         e.c = <const uint64_t *>cc.view.buf
@@ -1096,4 +1371,27 @@ cdef class VcpuCore:
         with nogil:
             replay_run(self.vcpu, &e, n, values, stop, &t)
         self.release()
-        return t
+        access.a = t.access
+        return {
+            "events": t.events, "disagreements": t.disagreements, "mmio": t.mmio, "mmio_cache": t.mmio_cache,
+            "mmio_spte": t.mmio_spte, "mmio_slow": t.mmio_slow, "page_faults": t.page_faults, "exits": t.exits,
+            "by_kind": [t.by_kind[i] for i in range(16)], "what": t.what, "index": t.index, "gva": t.gva,
+            "expected": t.expected, "got": t.got, "access": access,
+        }
+
+
+cdef int cpl_arg(object cpl) except -1:
+    cdef uint64_t level = as_word(cpl, "cpl")
+    if level > 3:
+        raise ArgumentError(f"cpl is {level}; allowed are 0 .. 3")
+    return <int>level
+
+
+cdef int store_value(uint8_t *data, object value, int size) except -1:
+    cdef bytes raw
+    try:
+        raw = operator.index(value).to_bytes(size, "little")
+    except OverflowError:
+        raise OverflowError(f"value = {value} is outside 0 ... 2^{8 * size}-1") from None
+    memcpy(data, <const char *>raw, size)
+    return 0

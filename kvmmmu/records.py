@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kvmmmu import _core
 from kvmmmu.errors import FormatError
 
-__all__ = ["ANSWER", "CASE", "TRANSLATION", "column", "read_npz"]
+__all__ = ["ACCESS", "ANSWER", "CASE", "TRANSLATION", "column", "read_npz"]
 
 # What NumPy and zipfile raise for bytes that are not what they expect.
 _BROKEN = (
@@ -39,6 +39,7 @@ def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype({"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": itemsize})
 
 
+ACCESS = _dtype("access")
 CASE = _dtype("case")
 ANSWER = _dtype("answer")
 TRANSLATION = _dtype("translation")

@@ -46,7 +46,7 @@ class VCpuStats(Mapping[str, int]):
         self._core = core
 
     def __getitem__(self, name: str) -> int:
-        return self._core.vm.vcpu_stats(self._core.id)[_VCPU_INDEX[name]]
+        return self._core.core.vcpu_stats(self._core.id)[_VCPU_INDEX[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(VCPU_STATS_ORDER)

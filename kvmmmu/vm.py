@@ -5,12 +5,13 @@ from __future__ import annotations
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self, get_args
 
-from kvmmmu._core import VcpuCore, VmCore
+from kvmmmu._core import VmCore
 from kvmmmu.behaviour import MMIO_SCHEMES, Behaviour, MmioScheme
-from kvmmmu.cpu import HostCpu
+from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError
 from kvmmmu.events import Events
 from kvmmmu.memslots import MemSlots
+from kvmmmu.mmio import Mmio
 from kvmmmu.stats import VmStats
 from kvmmmu.vcpu import VCpu
 
@@ -42,6 +43,8 @@ class VM:
         Counters under KVM's names.
     events : Events
         Tracepoints.
+    mmio : Mmio
+        Devices that complete MMIO accesses.
 
     Raises
     ------
@@ -90,6 +93,7 @@ class VM:
             behaviour.nx_huge_pages,
         )
         self.memslots = MemSlots(self._core)
+        self.mmio = Mmio()
         self.stats = VmStats(self._core)
         self.events = Events(self._core)
 
@@ -113,8 +117,13 @@ class VM:
         """The VM was closed."""
         return self._core.is_closed
 
-    def create_vcpu(self) -> VCpu:
-        """Add a vCPU; at most 64.
+    def create_vcpu(self, cpu: GuestCpu | None = None) -> VCpu:
+        """Add a vCPU with paging off; at most 64.
+
+        Parameters
+        ----------
+        cpu : GuestCpu, optional
+            What its CPUID says.
 
         Raises
         ------
@@ -123,7 +132,10 @@ class VM:
         VmClosedError
             The VM was closed.
         """
-        return VCpu(VcpuCore(self._core))
+        guest = GuestCpu() if cpu is None else cpu
+        if not isinstance(guest, GuestCpu):
+            raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
+        return VCpu(self._core, guest.model(), self, guest)
 
     def close(self) -> None:
         """Let go of every slot and every buffer; counters and events can still be read.
