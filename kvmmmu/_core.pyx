@@ -169,7 +169,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset
-from cpython.long cimport PyLong_AsUnsignedLongLong
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check
 from cpython.number cimport PyNumber_Index
 
 from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
@@ -197,9 +197,25 @@ cdef uint64_t word_arg(object value, str name) except? 0:
         raise OverflowError(f"{name} is {value}; allowed are 0 .. 2**64 - 1") from None
 
 
-cdef uint64_t access_arg(object access, int cpl, bint implicit) except? 0:
+cdef int small_arg(object value, str name, int low, int high) except? -1:
+    """An integer in low..high, or an error that names the argument."""
+    cdef int overflow = 0
+    cdef long n
+    if not PyLong_Check(value):
+        try:
+            value = PyNumber_Index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    n = PyLong_AsLongAndOverflow(value, &overflow)
+    if overflow or n < low or n > high:
+        raise ArgumentError(f"{name} is {value}; allowed are {low} .. {high}")
+    return <int>n
+
+
+cdef uint64_t access_arg(object access, object cpl, bint implicit) except? 0:
     """PFERR_* bits of "r", "w" or "x" at a privilege level."""
     cdef uint64_t bits
+    cdef int ring = small_arg(cpl, "cpl", 0, 3)
     if access == "r":
         bits = 0
     elif access == "w":
@@ -208,11 +224,9 @@ cdef uint64_t access_arg(object access, int cpl, bint implicit) except? 0:
         bits = PFERR_FETCH
     else:
         raise ArgumentError(f"access is {access!r}; allowed are 'r', 'w' and 'x'")
-    if cpl < 0 or cpl > 3:
-        raise ArgumentError(f"cpl is {cpl}; allowed are 0 .. 3")
     if implicit:
         return bits | PFERR_IMPLICIT
-    return bits | PFERR_USER if cpl == 3 else bits
+    return bits | PFERR_USER if ring == 3 else bits
 
 
 cdef class WalkColumn:
@@ -293,7 +307,7 @@ cdef class PagingCore:
                         f"less one), A/D in bit 6, and a table address below bit {host_cpu.maxphyaddr}")
                 paging_init_ept(&self.host, root, &host_cpu, dialect)
             else:
-                paging_init_npt(&self.host, root, second[2], &host_cpu, dialect)
+                paging_init_npt(&self.host, root, small_arg(second[2], "levels", 4, 5), &host_cpu, dialect)
                 self.paging.pdpte_in_memory = 1
         if self.paging.format == FMT_PAE and not self.paging.pdpte_in_memory:
             if pdptes is not None:
@@ -354,7 +368,7 @@ cdef class PagingCore:
         self.columns = found
         return 0
 
-    def walk(self, gva, access="r", int cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
+    def walk(self, gva, access="r", cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
         """Translate one address.
 
         Parameters
@@ -382,7 +396,7 @@ cdef class PagingCore:
             return -1
         return w.gpa if self.host.format == FMT_NONE else hw.gpa
 
-    def translate_into(self, gvas, out, str access, int cpl, bint ac, bint implicit, bint set_ad):
+    def translate_into(self, gvas, out, str access, cpl, bint ac, bint implicit, bint set_ad):
         """Translate a column of uint64 addresses into a column of records (``record_layouts``)."""
         cdef WalkColumn src = WalkColumn.of(gvas, "gvas", 8, -1, False)
         cdef int64_t n = src.view.len // 8
@@ -406,7 +420,7 @@ cdef class PagingCore:
             n = mappings_next(&tables, &self.map, &start, &done, walks, <Translation *>dst.view.buf, n)
         return n, (None if done else start)
 
-    def walk_record(self, gva, access="r", int cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
+    def walk_record(self, gva, access="r", cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
         """One walk with everything it saw: (guest walk, second dimension's last walk or None), as dictionaries."""
         cdef Walk w, hw
         cdef uint64_t bits = access_arg(access, cpl, implicit)
@@ -415,14 +429,14 @@ cdef class PagingCore:
         guest = walk_dict(&self.paging, &w)
         return guest, (walk_dict(&self.host, &hw) if hw.top else None)
 
-    cdef const Paging *dimension(self, int n) except NULL:
-        if n == 2 and self.host.format == FMT_NONE:
+    cdef const Paging *dimension(self, object value) except NULL:
+        if small_arg(value, "dimension", 1, 2) == 1:
+            return &self.paging
+        if self.host.format == FMT_NONE:
             raise ArgumentError("dimension is 2; this object has no nested tables")
-        if n != 1 and n != 2:
-            raise ArgumentError(f"dimension is {n}; allowed are 1 (the guest's tables) and 2 (those below)")
-        return &self.paging if n == 1 else &self.host
+        return &self.host
 
-    def reserved_bits(self, int level, entry, int dimension=1):
+    def reserved_bits(self, level, entry, dimension=1):
         """Which reserved bits a present entry of a level has set, 0 for a legal one.
 
         Parameters
@@ -438,12 +452,9 @@ cdef class PagingCore:
         -------
         int
         """
-        if level < 1 or level > 5:
-            raise ArgumentError(f"level is {level}; allowed are 1 .. 5")
-        return rsvd_bits(self.dimension(dimension), level, word_arg(entry, "entry"))
+        return rsvd_bits(self.dimension(dimension), small_arg(level, "level", 1, 5), word_arg(entry, "entry"))
 
-    def permission_fault(self, int rights, access="r", int cpl=0, bint ac=False, bint implicit=False, int pkey=0,
-                         int dimension=1):
+    def permission_fault(self, rights, access="r", cpl=0, bint ac=False, bint implicit=False, pkey=0, dimension=1):
         """Whether rights (``walks.Rights``) refuse an access: 0, or the error-code bits of the cause (P, PK).
 
         Parameters
@@ -460,11 +471,8 @@ cdef class PagingCore:
         -------
         int
         """
-        if rights < 0 or rights > 7:
-            raise ArgumentError(f"rights is {rights}; allowed are 0 .. 7")
-        if pkey < 0 or pkey > 15:
-            raise ArgumentError(f"pkey is {pkey}; allowed are 0 .. 15")
-        return permission_fault(self.dimension(dimension), access_arg(access, cpl, implicit), rights, ac, pkey)
+        return permission_fault(self.dimension(dimension), access_arg(access, cpl, implicit),
+                                small_arg(rights, "rights", 0, 7), ac, small_arg(pkey, "pkey", 0, 15))
 
     @property
     def format(self):
@@ -499,6 +507,7 @@ cdef raise_pdpte(int i, object value):
 cdef int model_arg(CpuModel *model, tuple fields) except -1:
     memset(model, 0, sizeof(CpuModel))
     (model.maxphyaddr, model.gbpages, model.amd, model.exec_only, model.ept_2m, model.ept_1g, model.no_pse36) = fields
+    small_arg(fields[0], "maxphyaddr", 32, 52)
     return 0
 
 
@@ -591,6 +600,8 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
     for i in range(nwords):
         if address[i] & 7:
             raise ArgumentError(f"words_pa[{i}] is {address[i]:#x}; allowed are multiples of 8")
+    for i in range(n):
+        small_arg((<const WalkCase *>c.view.buf)[i].maxphyaddr, "maxphyaddr", 32, 52)
     if most > 4096:
         raise ArgumentError(f"one case lists {most} words; allowed are 4096")
     scratch.n = 0

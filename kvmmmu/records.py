@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,6 +27,8 @@ _BROKEN = (
     OverflowError,
     RuntimeError,  # an encrypted member, or (NotImplementedError) an unknown compression
     TypeError,
+    SyntaxError,  # from the parser of array headers
+    tokenize.TokenError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
