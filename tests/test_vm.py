@@ -43,12 +43,12 @@ def test_a_profile_cannot_be_changed():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (dict(mmu="tdp"), ArgumentError, "mmu = 'tdp'"),
-        (dict(behaviour="2.6"), ArgumentError, "behaviour = '2.6'"),
-        (dict(mmio_scheme="none"), ArgumentError, "mmio_scheme = 'none'"),
-        (dict(tdp_mmu=1), ArgumentError, "tdp_mmu = 1"),
-        (dict(nx_huge_pages="force"), ArgumentError, "nx_huge_pages = 'force'"),
-        (dict(host=46), TypeError, "HostCpu"),
+        ({"mmu": "tdp"}, ArgumentError, "mmu = 'tdp'"),
+        ({"behaviour": "2.6"}, ArgumentError, "behaviour = '2.6'"),
+        ({"mmio_scheme": "none"}, ArgumentError, "mmio_scheme = 'none'"),
+        ({"tdp_mmu": 1}, ArgumentError, "tdp_mmu = 1"),
+        ({"nx_huge_pages": "force"}, ArgumentError, "nx_huge_pages = 'force'"),
+        ({"host": 46}, TypeError, "HostCpu"),
     ],
 )
 def test_a_bad_option_is_named(arguments, error, words):

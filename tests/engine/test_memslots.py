@@ -1,7 +1,9 @@
 """The slot machine under the face: errno rules row by row, generations, frames, columns."""
 
 import mmap
+import resource
 from errno import EEXIST, EINVAL, ENOMEM
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,26 +59,31 @@ def core():
 
 # One row per condition of KVM_SET_USER_MEMORY_REGION (api.rst section 4.35), in KVM's order.
 REFUSED = [
-    ("an id of 32764 or more", dict(slot=32764, memory=4), EINVAL, "id"),
-    ("an id of 65535", dict(slot=65535, memory=4), EINVAL, "id"),
-    ("an unknown flag", dict(slot=5, memory=4, gpa=1 << 30, flags=4), EINVAL, "flags"),
-    ("the internal INVALID flag", dict(slot=5, memory=4, gpa=1 << 30, flags=1 << 16), EINVAL, "flags"),
-    ("a size that is no whole number of pages", dict(slot=5, memory=4, gpa=1 << 30, size=5000), EINVAL, "size_align"),
-    ("an unaligned gpa", dict(slot=5, memory=4, gpa=(1 << 30) + 8), EINVAL, "gpa_align"),
-    ("a host address that is no multiple of 8", dict(slot=5, memory="odd", gpa=1 << 30), EINVAL, "hva_align"),
-    ("address space 2", dict(slot=2 << 16, memory=4, gpa=1 << 30), EINVAL, "as_id"),
-    ("a slot that wraps round 2^64", dict(slot=5, memory=4, gpa=(1 << 64) - PAGE), EINVAL, "wrap"),
-    ("deleting a slot that is not there", dict(slot=5, size=0), EINVAL, "no_slot"),
-    ("deleting a slot of the other address space", dict(slot=2, size=0), EINVAL, "no_slot"),
-    ("other memory for a slot", dict(slot=0, memory=16), EINVAL, "hva_changed"),
-    ("another size of a slot", dict(slot=0, memory="same", size=8 * PAGE), EINVAL, "size_changed"),
-    ("making a slot read-only", dict(slot=0, flags=RO), EINVAL, "readonly_changed"),
-    ("making a slot writable", dict(slot=1, gpa=16 << 20), EINVAL, "readonly_changed"),
-    ("a slot over another", dict(slot=5, memory=4, gpa=15 * PAGE), EEXIST, "overlap"),
-    ("a slot round another", dict(slot=5, memory=64, gpa=(16 << 20) - 8 * PAGE), EEXIST, "overlap"),
-    ("a move over another slot", dict(slot=0, gpa=(16 << 20) + 15 * PAGE), EEXIST, "overlap"),
-    ("a slot beyond the last gfn", dict(slot=5, memory=4, gpa=(1 << 46) - PAGE), EINVAL, "max_gfn"),
-    ("the first row that applies decides", dict(slot=5, memory=4, gpa=8, flags=4, size=1), EINVAL, "flags"),
+    ("an id of 32764 or more", {"slot": 32764, "memory": 4}, EINVAL, "id"),
+    ("an id of 65535", {"slot": 65535, "memory": 4}, EINVAL, "id"),
+    ("an unknown flag", {"slot": 5, "memory": 4, "gpa": 1 << 30, "flags": 4}, EINVAL, "flags"),
+    ("the internal INVALID flag", {"slot": 5, "memory": 4, "gpa": 1 << 30, "flags": 1 << 16}, EINVAL, "flags"),
+    (
+        "a size that is no whole number of pages",
+        {"slot": 5, "memory": 4, "gpa": 1 << 30, "size": 5000},
+        EINVAL,
+        "size_align",
+    ),
+    ("an unaligned gpa", {"slot": 5, "memory": 4, "gpa": (1 << 30) + 8}, EINVAL, "gpa_align"),
+    ("a host address that is no multiple of 8", {"slot": 5, "memory": "odd", "gpa": 1 << 30}, EINVAL, "hva_align"),
+    ("address space 2", {"slot": 2 << 16, "memory": 4, "gpa": 1 << 30}, EINVAL, "as_id"),
+    ("a slot that wraps round 2^64", {"slot": 5, "memory": 4, "gpa": (1 << 64) - PAGE}, EINVAL, "wrap"),
+    ("deleting a slot that is not there", {"slot": 5, "size": 0}, EINVAL, "no_slot"),
+    ("deleting a slot of the other address space", {"slot": 2, "size": 0}, EINVAL, "no_slot"),
+    ("other memory for a slot", {"slot": 0, "memory": 16}, EINVAL, "hva_changed"),
+    ("another size of a slot", {"slot": 0, "memory": "same", "size": 8 * PAGE}, EINVAL, "size_changed"),
+    ("making a slot read-only", {"slot": 0, "flags": RO}, EINVAL, "readonly_changed"),
+    ("making a slot writable", {"slot": 1, "gpa": 16 << 20}, EINVAL, "readonly_changed"),
+    ("a slot over another", {"slot": 5, "memory": 4, "gpa": 15 * PAGE}, EEXIST, "overlap"),
+    ("a slot round another", {"slot": 5, "memory": 64, "gpa": (16 << 20) - 8 * PAGE}, EEXIST, "overlap"),
+    ("a move over another slot", {"slot": 0, "gpa": (16 << 20) + 15 * PAGE}, EEXIST, "overlap"),
+    ("a slot beyond the last gfn", {"slot": 5, "memory": 4, "gpa": (1 << 46) - PAGE}, EINVAL, "max_gfn"),
+    ("the first row that applies decides", {"slot": 5, "memory": 4, "gpa": 8, "flags": 4, "size": 1}, EINVAL, "flags"),
 ]
 
 
@@ -126,11 +133,11 @@ def test_the_generation_starts_at_the_address_space_and_grows_by_two_per_swap():
         slot = as_id << 16 | 7
         expected = as_id
         for change, swaps, arguments in [
-            (CREATE, 1, dict(memory=pages(4))),
-            (FLAGS, 1, dict(flags=LOG)),
-            (FLAGS, 1, dict(flags=0)),
-            (MOVE, 2, dict(gpa=1 << 30)),
-            (DELETE, 2, dict(size=0)),
+            (CREATE, 1, {"memory": pages(4)}),
+            (FLAGS, 1, {"flags": LOG}),
+            (FLAGS, 1, {"flags": 0}),
+            (MOVE, 2, {"gpa": 1 << 30}),
+            (DELETE, 2, {"size": 0}),
         ]:
             assert call(core, slot, **arguments) == (0, None, 0, change)
             expected += 2 * swaps
@@ -140,7 +147,7 @@ def test_the_generation_starts_at_the_address_space_and_grows_by_two_per_swap():
 
 @pytest.mark.parametrize(
     ("arguments", "zaps"),
-    [(dict(flags=LOG), False), (dict(gpa=1 << 30), True), (dict(size=0), True)],
+    [({"flags": LOG}, False), ({"gpa": 1 << 30}, True), ({"size": 0}, True)],
     ids=["flags", "move", "delete"],
 )
 def test_only_a_slot_that_leaves_a_place_asks_for_all_shadow_pages_to_go(core, arguments, zaps):
@@ -491,3 +498,35 @@ TestSlots.settings = settings(max_examples=150, stateful_step_count=40, deadline
 def test_the_tables_of_names_are_as_long_as_the_engines_enums():
     assert len(_core.VM_STATS_ORDER) == len(set(_core.VM_STATS_ORDER)) == 15
     assert len(_core.VCPU_STATS_ORDER) == len(set(_core.VCPU_STATS_ORDER)) == 17
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"slot": 1, "memory": "big", "gpa": 1 << 40},
+        {"slot": 0, "gpa": 1 << 41},
+        {"slot": 0, "flags": LOG},
+    ],
+    ids=["create", "move", "flags"],
+)
+def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments):
+    core = make()
+    size = 64 << 30
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    first, second = (mmap.mmap(-1, size, flags=flags) for _ in range(2))
+    assert call(core, 0, memory=first)[0] == 0
+    arguments = {name: second if value == "big" else value for name, value in arguments.items()}
+    slot = arguments.pop("slot")
+    before = state(core)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used, limits[1]))
+    try:
+        answer = call(core, slot, **arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert answer[:2] == (ENOMEM, "no_memory")
+    assert state(core) == before
+    assert not core.take_zap_request()
+    assert call(core, slot, **arguments)[0] == 0
+    core.close()
