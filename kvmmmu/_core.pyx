@@ -642,8 +642,8 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
-from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
-from kvmmmu.engine.events cimport events_copy
+from kvmmmu.engine.drain cimport slots_lock, slots_unlock
+from kvmmmu.engine.events cimport event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
@@ -1003,6 +1003,15 @@ cdef class VmCore:
 
     def events_disable(self):
         st_release_u64(&self.vm.events.mask, 0)
+
+    def events_emit(self, kind, vcpu_id, tuple words):
+        """Add a record made outside the engine; 7 words."""
+        cdef uint64_t w[7]
+        cdef int i
+        for i in range(7):
+            w[i] = as_word(words[i], f"word {i}")
+        event_emit(self.vm, <uint32_t>as_word(vcpu_id, "vcpu", 32), <uint32_t>as_word(kind, "kind", 6),
+                   w[0], w[1], w[2], w[3], w[4], w[5], w[6])
 
     def events_take(self, bint consume):
         """The finished records, oldest first, as an array of EVENT_DTYPE."""
