@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Frames to host bytes: the one lookup that every walk reads memory through."""
 
-from libc.stddef cimport NULL
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.engine.state cimport MemMap
 

@@ -1,0 +1,111 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Batches over one set of tables: translate many addresses, list what is mapped."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.guest_walk cimport *
+from kvmmmu.bits.paging cimport *
+from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.walk cimport walk_memory, walk_nested
+
+cdef struct Translation:
+    uint64_t gva
+    uint64_t gpa          # of the byte; under a second dimension the address in host memory
+    uint64_t error_code   # of the fault
+    uint64_t fault_gpa    # guest-physical address that the second dimension refused
+    uint64_t entry        # last entry read of the guest's tables: the leaf, or where the walk ended
+    uint8_t fault         # FAULT_*
+    uint8_t page_shift    # log2 of the guest's page size
+    uint8_t access        # ACC rights of the guest's translation
+    uint8_t level         # of that last entry; 0: none was read
+    uint32_t unused
+
+
+cdef inline int walk_any(const Paging *p, const Paging *host, const MemMap *m, int *hint, Walk *w, Walk *hw,
+                         uint64_t gva, uint64_t access, bint ac, bint set_ad) noexcept nogil:
+    """One dimension, or two when ``host`` has a format."""
+    if host.format == FMT_NONE:
+        return walk_memory(p, m, hint, w, gva, access, ac, set_ad)
+    return walk_nested(p, host, m, hint, w, hw, gva, access, ac, set_ad)
+
+
+cdef inline void translate_one(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
+                               uint64_t access, bint ac, bint set_ad, Translation *t) noexcept nogil:
+    cdef Walk w, hw
+    t.gva = gva
+    t.gpa = 0
+    t.error_code = 0
+    t.fault_gpa = 0
+    t.entry = 0
+    t.page_shift = 0
+    t.access = 0
+    t.level = 0
+    t.unused = 0
+    t.fault = <uint8_t>walk_any(p, host, m, hint, &w, &hw, gva, access, ac, set_ad)
+    if t.fault == FAULT_NONE:
+        t.gpa = w.gpa if host.format == FMT_NONE else hw.gpa
+        t.page_shift = <uint8_t>w.page_shift
+        t.access = <uint8_t>w.pte_access
+    else:
+        t.error_code = w.error_code
+        if t.fault >= FAULT_EPT_VIOLATION:
+            t.fault_gpa = hw.va
+    if w.seen:
+        t.level = <uint8_t>w.seen
+        t.entry = w.entries[w.seen]
+
+
+cdef inline void translate_many(const Paging *p, const Paging *host, const MemMap *m, const uint64_t *gvas, int64_t n,
+                                uint64_t access, bint ac, bint set_ad, Translation *out) noexcept nogil:
+    cdef int hint = 0
+    cdef int64_t i
+    for i in range(n):
+        translate_one(p, host, m, &hint, gvas[i], access, ac, set_ad, &out[i])
+
+
+cdef inline void mappings_tables(Paging *tables, const Paging *p) noexcept nogil:
+    """A copy that refuses nobody: every leaf can be read."""
+    cdef int i
+    tables[0] = p[0]
+    for i in range(16):
+        tables.permissions[i] = 0
+    tables.pke = 0
+    tables.dialect = DIALECT_SDM
+
+
+cdef inline uint64_t mappings_after(const Paging *p, const Walk *w) noexcept nogil:
+    """The first address that a finished walk says nothing about; 0: there is none."""
+    cdef uint64_t next_va
+    if w.fault == FAULT_GP:
+        return ALL_ONES << (63 - p.va_shift)
+    next_va = (w.va | bits_between(walk_level_shift(p.format, w.level) - 1, 0)) + 1
+    return 0 if next_va & ~p.va_mask else next_va
+
+
+cdef inline int64_t mappings_next(const Paging *tables, const MemMap *m, uint64_t *gva, bint *done, int64_t walks,
+                                  Translation *out, int64_t n) noexcept nogil:
+    """List leaves from ``gva`` on, at most ``n`` of them in at most ``walks`` walks; ``gva`` moves on.
+
+    The level where a walk ends tells how far a hole reaches: holes cost one walk per entry.
+    """
+    cdef int hint = 0
+    cdef int64_t found = 0
+    cdef Walk w
+    while not done[0] and walks > 0 and found < n:
+        walks -= 1
+        if walk_memory(tables, m, &hint, &w, gva[0], 0, False, False) == FAULT_NONE:
+            out[found].gva = w.va & ~bits_between(w.page_shift - 1, 0)
+            out[found].gpa = w.gpa & ~bits_between(w.page_shift - 1, 0)
+            out[found].error_code = 0
+            out[found].fault_gpa = 0
+            out[found].entry = w.entries[w.level]
+            out[found].fault = FAULT_NONE
+            out[found].page_shift = <uint8_t>w.page_shift
+            out[found].access = <uint8_t>w.pte_access
+            out[found].level = <uint8_t>w.level
+            out[found].unused = 0
+            found += 1
+        gva[0] = mappings_after(tables, &w)
+        done[0] = gva[0] == 0
+    return found

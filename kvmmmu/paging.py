@@ -1,0 +1,270 @@
+"""Page tables in plain memory, with no VM around them: crash dumps, forensics, teaching."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu import _core
+from kvmmmu.cpu import GuestCpu, HostCpu
+from kvmmmu.errors import ArgumentError
+from kvmmmu.explain import explain_walk
+from kvmmmu.records import TRANSLATION
+from kvmmmu.walks import WalkResult, walk_result
+
+__all__ = ["EptTables", "NptTables", "Paging"]
+
+_DIALECTS = {"sdm": 0, "kvm": 1}
+_CHUNK = 1 << 16
+
+Memory = Any  # one buffer, {gpa: buffer} or (gpa, buffer) pairs
+
+
+@dataclass(frozen=True)
+class EptTables:
+    """Extended page tables under a guest.
+
+    Parameters
+    ----------
+    eptp : int
+        The EPT pointer: memory type, levels less one in bits 5:3, A/D in bit 6, table address.
+    cpu : HostCpu
+    """
+
+    eptp: int
+    cpu: HostCpu = field(default_factory=HostCpu)
+
+    def second(self) -> tuple[object, ...]:
+        """The form in which the engine takes it."""
+        return ("ept", self.eptp, self.cpu.model())
+
+
+@dataclass(frozen=True)
+class NptTables:
+    """AMD nested page tables under a guest (the host has NXE = 1).
+
+    Parameters
+    ----------
+    ncr3 : int
+        Address of the top table.
+    levels : {4, 5}
+    cpu : HostCpu
+
+    Raises
+    ------
+    ArgumentError
+        Other numbers of levels.
+    """
+
+    ncr3: int
+    levels: int = 4
+    cpu: HostCpu = field(default_factory=lambda: HostCpu(maxphyaddr=48, vendor="amd"))
+
+    def __post_init__(self) -> None:
+        if self.levels not in (4, 5):
+            raise ArgumentError(f"NptTables.levels is {self.levels!r}; allowed are 4 and 5")
+
+    def second(self) -> tuple[object, ...]:
+        """The form in which the engine takes it."""
+        return ("npt", self.ncr3, self.levels, self.cpu.model())
+
+
+def _areas(memory: Memory) -> list[tuple[int, Any]]:
+    if memory is None:
+        return []
+    if isinstance(memory, Mapping):
+        return list(memory.items())
+    if not isinstance(memory, (list, tuple)) and not isinstance(memory, Iterable):
+        return [(0, memory)]  # e.g. mmap: a buffer that is no iterable of areas
+    if isinstance(memory, (bytes, bytearray, memoryview, np.ndarray)) or hasattr(memory, "__buffer__"):
+        return [(0, memory)]
+    areas = list(memory)
+    for area in areas:
+        if not isinstance(area, tuple) or len(area) != 2:
+            raise ArgumentError(f"memory holds {area!r}; expected (gpa, buffer) pairs")
+    return areas
+
+
+def _addresses(gvas: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    array = np.asarray(gvas)
+    if array.dtype == np.uint64:
+        return np.asarray(array, order="C")
+    if array.size == 0:
+        return np.zeros(array.shape, np.uint64)
+    if array.dtype.kind not in "iu":
+        # NumPy turns a list of small and large integers into floats: look at what was given.
+        array = np.asarray(gvas, dtype=object)
+        try:
+            array = np.array([operator.index(gva) for gva in array.flat], object).reshape(array.shape)
+        except TypeError as e:
+            raise TypeError(f"gvas must be integers: {e}") from None
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 0xFFFF_FFFF_FFFF_FFFF:
+        raise OverflowError(f"gvas has values from {low} to {high}; allowed are 0 .. 2**64 - 1")
+    return np.asarray(array, np.uint64, order="C")
+
+
+class Paging(_core.PagingCore):
+    """Translate addresses through page tables that lie in plain memory.
+
+    Parameters
+    ----------
+    cr0, cr3, cr4, efer : int
+        Control registers; they choose the paging mode (SDM vol. 3A section 4.1.1).
+    cpu : GuestCpu
+    pkru : int
+        Protection-key rights (4- and 5-level paging with CR4.PKE).
+    memory : buffer, mapping or iterable, optional
+        Where the tables are: one buffer that begins at address 0, or ``{gpa: buffer}``, or (gpa, buffer) pairs in
+        any order.  Buffers are contiguous, whole 4 KiB pages, 8-byte aligned; areas do not overlap.  They are
+        held, not copied.  Where no memory stands, entries read as 0.  Under ``nested`` this is host memory.
+    compat : bool
+        CS.L = 0: in long mode addresses are 32 bits wide.
+    dialect : {"sdm", "kvm"}
+        The processor's rules as the manuals give them, or those of KVM's software walker.
+    nested : EptTables or NptTables, optional
+        A second dimension below.
+    pdptes : sequence of four int, optional
+        PDPTE registers of PAE paging; by default they are loaded from ``memory`` at CR3.
+
+    Raises
+    ------
+    OverflowError
+        A register or address that is negative or wider than 64 bits.
+    ArgumentError
+        Memory that is not as described, an unknown dialect, control bits of features the CPU lacks, an invalid EPTP,
+        a PDPTE with reserved bits.
+
+    Notes
+    -----
+    Reading is thread-safe.  Walks write to memory only with ``set_ad``, by compare-exchange.
+    """
+
+    def __init__(
+        self,
+        cr0: int,
+        cr3: int,
+        cr4: int,
+        efer: int,
+        cpu: GuestCpu | None = None,
+        *,
+        pkru: int = 0,
+        memory: Memory = None,
+        compat: bool = False,
+        dialect: str = "sdm",
+        nested: EptTables | NptTables | None = None,
+        pdptes: Sequence[int] | None = None,
+    ) -> None:
+        if dialect not in _DIALECTS:
+            raise ArgumentError(f"dialect is {dialect!r}; allowed are 'sdm' and 'kvm'")
+        if pdptes is not None and len(pdptes) != 4:
+            raise ArgumentError(f"pdptes has {len(pdptes)} values; PAE paging has 4 PDPTE registers")
+        cpu = GuestCpu() if cpu is None else cpu
+        super().__init__(
+            _areas(memory),
+            (cr0, cr3, cr4, efer, pkru, compat),
+            cpu.model(),
+            _DIALECTS[dialect],
+            () if nested is None else nested.second(),
+            pdptes,
+        )
+        cpu.check_registers(operator.index(cr4), operator.index(efer))
+        self.cpu = cpu
+        self.dialect = dialect
+
+    def translate(
+        self,
+        gvas: npt.ArrayLike,
+        access: str = "r",
+        cpl: int = 0,
+        *,
+        ac: bool = False,
+        implicit: bool = False,
+        set_ad: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Translate many addresses; the GIL is released meanwhile.
+
+        Parameters
+        ----------
+        gvas : array_like of uint64
+            Guest virtual addresses, any shape.
+        access, cpl, ac, implicit, set_ad
+            As in ``walk``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Same shape, structured: ``gva``; ``gpa`` (0 on a fault); ``error_code``; ``fault_gpa``, the
+            guest-physical address that a second dimension refused; ``entry``, the last entry read; ``fault``
+            (``walks.Fault``); ``page_shift``; ``access`` (``walks.Rights``); ``level`` of that entry.
+
+        Raises
+        ------
+        TypeError, OverflowError
+            Addresses that are no integers, or outside 0 .. 2**64 - 1.
+        ArgumentError
+            Unknown access or privilege level.
+        """
+        addresses = _addresses(gvas)
+        out = np.empty(addresses.shape, TRANSLATION)
+        self.translate_into(addresses, out, access, cpl, ac, implicit, set_ad)
+        return out
+
+    def walk_result(
+        self,
+        gva: int,
+        access: str = "r",
+        cpl: int = 0,
+        *,
+        ac: bool = False,
+        implicit: bool = False,
+        set_ad: bool = False,
+    ) -> WalkResult:
+        """Walk one address and return everything the walk saw; parameters as in ``walk``."""
+        return walk_result(*self.walk_record(gva, access, cpl, ac, implicit, set_ad))
+
+    def explain(self, gva: int, access: str = "r", cpl: int = 0, *, ac: bool = False, implicit: bool = False) -> str:
+        """Say in words how one address is translated, entry by entry, and why the walk ended."""
+        return explain_walk(self.walk_result(gva, access, cpl, ac=ac, implicit=implicit))
+
+    def mappings(self, start: int = 0, *, limit: int = 1 << 20, max_walks: int = 1 << 26) -> npt.NDArray[Any]:
+        """List what is mapped: every leaf that the tables reach, whatever it permits, in ascending order.
+
+        Parameters
+        ----------
+        start : int
+            First address to look at.
+        limit : int
+            Most leaves to return; for the rest call again with ``start`` behind the last one.
+        max_walks : int
+            Bound on the work: a table used many times over can describe 2**36 holes.
+
+        Returns
+        -------
+        numpy.ndarray
+            Structured as in ``translate``; ``gva`` and ``gpa`` are those of the page.
+
+        Raises
+        ------
+        ArgumentError
+            ``max_walks`` did not reach the end (the message says where to go on), or the tables are nested.
+        """
+        found: list[npt.NDArray[Any]] = []
+        count, walks, gva = 0, 0, start
+        while count < limit:
+            chunk = np.empty(min(_CHUNK, limit - count), TRANSLATION)
+            n, following = self.mappings_into(gva, chunk, _CHUNK)
+            found.append(chunk[:n])
+            count += n
+            if following is None:
+                break
+            gva = following
+            walks += _CHUNK
+            if walks >= max_walks:
+                raise ArgumentError(f"max_walks is {max_walks}; the walks so far reached gva {gva:#x}, not the end")
+        return np.concatenate(found) if found else np.empty(0, TRANSLATION)
