@@ -199,7 +199,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset
-from cpython.long cimport PyLong_AsUnsignedLongLong
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check
 from cpython.number cimport PyNumber_Index
 
 from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
@@ -209,9 +209,9 @@ from kvmmmu.bits.paging cimport (
     paging_pdptr_bad, permission_fault, rsvd_bits,
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
-from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.state cimport Access, MemMap
 from kvmmmu.engine.translate cimport Translation, mappings_next, mappings_tables, translate_many, walk_any
-from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested
+from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 
 
@@ -227,9 +227,25 @@ cdef uint64_t word_arg(object value, str name) except? 0:
         raise OverflowError(f"{name} is {value}; allowed are 0 .. 2**64 - 1") from None
 
 
-cdef uint64_t access_arg(object access, int cpl, bint implicit) except? 0:
+cdef int small_arg(object value, str name, int low, int high) except? -1:
+    """An integer in low..high, or an error that names the argument."""
+    cdef int overflow = 0
+    cdef long n
+    if not PyLong_Check(value):
+        try:
+            value = PyNumber_Index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    n = PyLong_AsLongAndOverflow(value, &overflow)
+    if overflow or n < low or n > high:
+        raise ArgumentError(f"{name} is {value}; allowed are {low} .. {high}")
+    return <int>n
+
+
+cdef uint64_t access_arg(object access, object cpl, bint implicit) except? 0:
     """PFERR_* bits of "r", "w" or "x" at a privilege level."""
     cdef uint64_t bits
+    cdef int ring = small_arg(cpl, "cpl", 0, 3)
     if access == "r":
         bits = 0
     elif access == "w":
@@ -238,11 +254,9 @@ cdef uint64_t access_arg(object access, int cpl, bint implicit) except? 0:
         bits = PFERR_FETCH
     else:
         raise ArgumentError(f"access is {access!r}; allowed are 'r', 'w' and 'x'")
-    if cpl < 0 or cpl > 3:
-        raise ArgumentError(f"cpl is {cpl}; allowed are 0 .. 3")
     if implicit:
         return bits | PFERR_IMPLICIT
-    return bits | PFERR_USER if cpl == 3 else bits
+    return bits | PFERR_USER if ring == 3 else bits
 
 
 cdef class WalkColumn:
@@ -261,7 +275,7 @@ cdef class WalkColumn:
             kind = "writable, " if writable else ""
             raise ArgumentError(f"{name} must be a {kind}contiguous buffer: {e}") from None
         self.held = True
-        if <size_t>self.view.buf % 8:
+        if itemsize % 8 == 0 and <size_t>self.view.buf % 8:
             raise ArgumentError(f"{name} starts at an address that is not a multiple of 8")
         if self.view.len % itemsize or (n >= 0 and self.view.len != n * itemsize):
             wanted = f"{n} items" if n >= 0 else "whole items"
@@ -323,7 +337,7 @@ cdef class PagingCore:
                         f"less one), A/D in bit 6, and a table address below bit {host_cpu.maxphyaddr}")
                 paging_init_ept(&self.host, root, &host_cpu, dialect)
             else:
-                paging_init_npt(&self.host, root, second[2], &host_cpu, dialect)
+                paging_init_npt(&self.host, root, small_arg(second[2], "levels", 4, 5), &host_cpu, dialect)
                 self.paging.pdpte_in_memory = 1
         if self.paging.format == FMT_PAE and not self.paging.pdpte_in_memory:
             if pdptes is not None:
@@ -384,7 +398,7 @@ cdef class PagingCore:
         self.columns = found
         return 0
 
-    def walk(self, gva, access="r", int cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
+    def walk(self, gva, access="r", cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
         """Translate one address.
 
         Parameters
@@ -412,7 +426,7 @@ cdef class PagingCore:
             return -1
         return w.gpa if self.host.format == FMT_NONE else hw.gpa
 
-    def translate_into(self, gvas, out, str access, int cpl, bint ac, bint implicit, bint set_ad):
+    def translate_into(self, gvas, out, str access, cpl, bint ac, bint implicit, bint set_ad):
         """Translate a column of uint64 addresses into a column of records (``record_layouts``)."""
         cdef WalkColumn src = WalkColumn.of(gvas, "gvas", 8, -1, False)
         cdef int64_t n = src.view.len // 8
@@ -436,7 +450,7 @@ cdef class PagingCore:
             n = mappings_next(&tables, &self.map, &start, &done, walks, <Translation *>dst.view.buf, n)
         return n, (None if done else start)
 
-    def walk_record(self, gva, access="r", int cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
+    def walk_record(self, gva, access="r", cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
         """One walk with everything it saw: (guest walk, second dimension's last walk or None), as dictionaries."""
         cdef Walk w, hw
         cdef uint64_t bits = access_arg(access, cpl, implicit)
@@ -445,14 +459,14 @@ cdef class PagingCore:
         guest = walk_dict(&self.paging, &w)
         return guest, (walk_dict(&self.host, &hw) if hw.top else None)
 
-    cdef const Paging *dimension(self, int n) except NULL:
-        if n == 2 and self.host.format == FMT_NONE:
+    cdef const Paging *dimension(self, object value) except NULL:
+        if small_arg(value, "dimension", 1, 2) == 1:
+            return &self.paging
+        if self.host.format == FMT_NONE:
             raise ArgumentError("dimension is 2; this object has no nested tables")
-        if n != 1 and n != 2:
-            raise ArgumentError(f"dimension is {n}; allowed are 1 (the guest's tables) and 2 (those below)")
-        return &self.paging if n == 1 else &self.host
+        return &self.host
 
-    def reserved_bits(self, int level, entry, int dimension=1):
+    def reserved_bits(self, level, entry, dimension=1):
         """Which reserved bits a present entry of a level has set, 0 for a legal one.
 
         Parameters
@@ -468,12 +482,9 @@ cdef class PagingCore:
         -------
         int
         """
-        if level < 1 or level > 5:
-            raise ArgumentError(f"level is {level}; allowed are 1 .. 5")
-        return rsvd_bits(self.dimension(dimension), level, word_arg(entry, "entry"))
+        return rsvd_bits(self.dimension(dimension), small_arg(level, "level", 1, 5), word_arg(entry, "entry"))
 
-    def permission_fault(self, int rights, access="r", int cpl=0, bint ac=False, bint implicit=False, int pkey=0,
-                         int dimension=1):
+    def permission_fault(self, rights, access="r", cpl=0, bint ac=False, bint implicit=False, pkey=0, dimension=1):
         """Whether rights (``walks.Rights``) refuse an access: 0, or the error-code bits of the cause (P, PK).
 
         Parameters
@@ -490,11 +501,8 @@ cdef class PagingCore:
         -------
         int
         """
-        if rights < 0 or rights > 7:
-            raise ArgumentError(f"rights is {rights}; allowed are 0 .. 7")
-        if pkey < 0 or pkey > 15:
-            raise ArgumentError(f"pkey is {pkey}; allowed are 0 .. 15")
-        return permission_fault(self.dimension(dimension), access_arg(access, cpl, implicit), rights, ac, pkey)
+        return permission_fault(self.dimension(dimension), access_arg(access, cpl, implicit),
+                                small_arg(rights, "rights", 0, 7), ac, small_arg(pkey, "pkey", 0, 15))
 
     @property
     def format(self):
@@ -529,6 +537,7 @@ cdef raise_pdpte(int i, object value):
 cdef int model_arg(CpuModel *model, tuple fields) except -1:
     memset(model, 0, sizeof(CpuModel))
     (model.maxphyaddr, model.gbpages, model.amd, model.exec_only, model.ept_2m, model.ept_1g, model.no_pse36) = fields
+    small_arg(fields[0], "maxphyaddr", 32, 52)
     return 0
 
 
@@ -557,6 +566,7 @@ def record_layouts():
     cdef WalkCase c
     cdef WalkAnswer a
     cdef Translation t
+    cdef Access x
     case = [(n, f"u{s}", o) for n, s, o in (
         ("cr0", 8, <size_t>&c.cr0 - <size_t>&c), ("cr3", 8, <size_t>&c.cr3 - <size_t>&c),
         ("cr4", 8, <size_t>&c.cr4 - <size_t>&c), ("efer", 8, <size_t>&c.efer - <size_t>&c),
@@ -581,7 +591,16 @@ def record_layouts():
         ("page_shift", 1, <size_t>&t.page_shift - <size_t>&t), ("access", 1, <size_t>&t.access - <size_t>&t),
         ("level", 1, <size_t>&t.level - <size_t>&t),
     )]
+    access = [(n, f, o) for n, f, o in (
+        ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
+        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x), ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
+        ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
+        ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
+        ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
+        ("path", "u1", <size_t>&x.path - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
+    )]
     return {
+        "access": (access, sizeof(Access)),
         "case": (case, sizeof(WalkCase)), "answer": (answer, sizeof(WalkAnswer)),
         "translation": (translation, sizeof(Translation)),
     }
@@ -611,6 +630,8 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
     for i in range(nwords):
         if address[i] & 7:
             raise ArgumentError(f"words_pa[{i}] is {address[i]:#x}; allowed are multiples of 8")
+    for i in range(n):
+        small_arg((<const WalkCase *>c.view.buf)[i].maxphyaddr, "maxphyaddr", 32, 52)
     if most > 4096:
         raise ArgumentError(f"one case lists {most} words; allowed are 4096")
     scratch.n = 0
@@ -638,3 +659,780 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
         PyMem_RawFree(scratch.host)
         PyMem_RawFree(scratch.writable)
         PyMem_RawFree(pages)
+
+
+# ---- memory, memslots, events, counters ------------------------------------------
+
+from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
+                             PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.spte cimport spte_masks_ept
+from kvmmmu.engine.state cimport *
+from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
+from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
+from kvmmmu.engine.events cimport events_copy
+from kvmmmu.engine.hostmem cimport vm_hostmem
+from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
+from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
+from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
+from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
+from kvmmmu.engine.roles cimport roles_refresh
+from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
+from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+
+import operator
+
+import numpy as np
+
+from kvmmmu.errors import ArgumentError, VCpuBusyError, VmBusyError, VmClosedError
+from kvmmmu.outcome import Outcome, Path
+
+# By number: OUTCOME_* and PATH_*.
+OUTCOMES = tuple(Outcome)
+PATHS = tuple(Path)
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+VM_STATS_ORDER = (
+    "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled", "mmu_cache_miss",
+    "mmu_unsync", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits", "max_mmu_rmap_size",
+    "max_mmu_page_hash_collisions", "remote_tlb_flush", "remote_tlb_flush_requests",
+)
+VCPU_STATS_ORDER = (
+    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest", "tlb_flush",
+    "invlpg", "mmio_exits", "insn_emulation", "insn_emulation_fail", "mmio_cache_hit", "mmio_spte_hit", "mmio_slow",
+    "slot_search", "guest_walk",
+)
+# By number: the tracepoint of EV_*.
+EVENT_KINDS = (
+    None, "kvm_mmu_pagetable_walk", "kvm_mmu_paging_element", "kvm_mmu_set_accessed_bit", "kvm_mmu_set_dirty_bit",
+    "kvm_mmu_walker_error", "kvm_mmu_get_page", "kvm_mmu_sync_page", "kvm_mmu_unsync_page",
+    "kvm_mmu_prepare_zap_page", "mark_mmio_spte", "handle_mmio_page_fault", "check_mmio_spte", "fast_page_fault",
+    "kvm_mmu_zap_all_fast", "kvm_mmu_set_spte", "kvm_mmu_spte_requested", "kvm_tdp_mmu_spte_changed",
+    "kvm_mmu_split_huge_page", "kvm_page_fault", "vcpu_match_mmio", "kvm_mmio", "kvm_fast_mmio",
+    "kvm_inj_exception", "kvm_emulate_insn", "kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva",
+    "kvm_test_age_hva", "kvm_exit", "kvm_cr", "kvm_msr",
+)
+EVENT_DTYPE = np.dtype([("kind", np.uint32), ("vcpu", np.uint32), ("w", np.uint64, (7,))])
+# By number: why a region was refused (WHY_*).
+REGION_REASONS = (
+    None, "id", "flags", "size_align", "gpa_align", "hva_align", "as_id", "wrap", "too_many_pages", "no_slot",
+    "total_pages", "hva_changed", "size_changed", "readonly_changed", "overlap", "max_gfn", "no_memory",
+    "incongruent", "backing", "no_frames", "closed",
+)
+assert len(VM_STATS_ORDER) == VM_STATS and len(VCPU_STATS_ORDER) == VCPU_STATS and len(EVENT_KINDS) == EV_KINDS
+assert len(REGION_REASONS) == WHY_CLOSED + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
+
+
+cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
+    """An integer of the machine, or an OverflowError that names the argument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if number < 0 or number >> bits:
+        raise OverflowError(f"{name} = {number} is outside 0 ... 2^{bits}-1")
+    return number
+
+
+cdef class Export:
+    """One buffer export, held until nothing of the engine points into it."""
+
+    cdef Py_buffer view
+    cdef bint held
+
+    def __cinit__(self, object memory):
+        self.held = False
+        if not PyObject_CheckBuffer(memory):
+            raise TypeError(f"memory must be a buffer (NumPy array, mmap, bytearray), not {type(memory).__name__}")
+        try:
+            PyObject_GetBuffer(memory, &self.view, PyBUF_RECORDS_RO)
+        except BufferError as why:
+            raise ArgumentError(f"memory cannot be exported: {why}") from None
+        except ValueError as why:
+            # NumPy's answer to a dtype that no buffer format can name.
+            raise ArgumentError(f"memory cannot be exported: {why}") from None
+        self.held = True
+        if not PyBuffer_IsContiguous(&self.view, b"C"):
+            raise ArgumentError("memory is not C-contiguous: one block of bytes in order is needed")
+        kind = (self.view.format or b"B").decode().lstrip("@=<>!")
+        if kind not in ("B", "b", "c", "H", "h", "I", "i", "L", "l", "Q", "q", "N", "n"):
+            raise ArgumentError(f"memory has items of format {kind!r}: bytes or integers are needed, uint8 is usual")
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+    @property
+    def obj(self):
+        return <object>self.view.obj
+
+
+cdef class VmCore:
+    """Owner of one ``Vm``: its arena, its tables, and the buffers its slots point into."""
+
+    cdef Vm *vm
+    cdef bint closed
+    cdef dict exports
+    cdef uint64_t next_token
+
+    def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages):
+        cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
+        if vm == NULL:
+            raise MemoryError("no memory for a VM")
+        self.vm = vm
+        self.closed = False
+        self.exports = {}
+        self.next_token = 1
+        vm.mmu = mmu
+        (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57) = host
+        vm.switches.mmio_scheme = mmio_scheme
+        vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
+        vm.switches.nx_huge_pages = nx_huge_pages
+        vm.rmaps = not vm.switches.tdp_mmu
+        if mmu == MMU_EPT:
+            spte_masks_ept(&vm.masks, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
+                           vm.host.ept_exec_only, mmio_scheme != MMIO_OFF)
+        else:
+            spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
+                              mmio_scheme != MMIO_OFF)
+        vm.mmu_lock = <kvmmmu_rwlock *>aligned_alloc(64, 64)
+        if vm.mmu_lock == NULL:
+            raise MemoryError("no memory for a VM")
+        memset(vm.mmu_lock, 0, 64)
+        if not vm_slots_init(vm):
+            raise MemoryError("no memory for the tables of slots")
+        if not vm_memory_init(vm):
+            raise MemoryError("no address space for shadow pages (about 10 GiB are reserved, not used)")
+
+    def __dealloc__(self):
+        cdef Vm *vm = self.vm
+        cdef int i
+        if vm == NULL:
+            return
+        vm_slots_free(vm)
+        vm_memory_free(vm)
+        free(vm.events.ring)
+        for i in range(vm.n_vcpus):
+            free(vm.lines[i])
+            free(vm.vcpus[i])
+        free(vm.mmu_lock)
+        free(vm)
+
+    cdef int check_open(self) except -1:
+        if self.closed:
+            raise VmClosedError("the VM was closed")
+        return 0
+
+    cdef int check_idle(self, str what) except -1:
+        cdef int i
+        for i in range(self.vm.n_vcpus):
+            if ld_u32(&self.vm.vcpus[i].busy):
+                raise VmBusyError(f"vCPU {i} is running: {what} needs every vCPU stopped")
+        return 0
+
+    def close(self):
+        """Let go of every slot and buffer.  The arena stays until nobody refers to this object."""
+        if self.closed:
+            return
+        self.check_idle("closing the VM")
+        self.closed = True
+        slots_lock(self.vm)
+        vm_slots_free(self.vm)
+        slots_unlock(self.vm)
+        self.exports.clear()
+
+    @property
+    def is_closed(self):
+        return self.closed
+
+    # -- memslots
+
+    def set_region(self, slot, flags, gpa, size, memory, int max_level, pfn_offset):
+        """One KVM_SET_USER_MEMORY_REGION: (errno, reason, detail, change), errno 0 when done.
+
+        ``memory`` None stands for the memory the slot has; ``size`` None for all of it.
+        """
+        cdef Region r
+        cdef Export export = None
+        cdef int err
+        self.check_open()
+        memset(&r, 0, sizeof(r))
+        r.slot = <uint32_t>as_word(slot, "slot", 32)
+        r.flags = <uint32_t>as_word(flags, "flags", 32)
+        r.gpa = as_word(gpa, "gpa")
+        r.max_level = max_level
+        r.pfn_offset = <uint32_t>as_word(pfn_offset, "pfn_offset", 18)
+        if memory is None:
+            r.keep_memory = 1
+            # Any size but 0 means "unchanged" here.
+            r.size = 4096 if size is None else as_word(size, "size")
+        else:
+            export = Export(memory)
+            if export.view.len == 0:
+                raise ArgumentError("memory is empty: a slot has at least one page of 4096 bytes")
+            r.size = export.view.len if size is None else as_word(size, "size")
+            if r.size > <uint64_t>export.view.len:
+                raise ArgumentError(f"size = {r.size} is more than the {export.view.len} bytes of memory")
+            r.hva = <uint8_t *>export.view.buf
+            r.host_writable = not export.view.readonly
+            if export.view.readonly:
+                r.flags |= MEM_READONLY
+            r.token = self.next_token
+        err = vm_set_region(self.vm, &r)
+        if err == ERR_NONE and r.change == CHANGE_CREATE:
+            self.exports[r.token] = export
+            self.next_token += 1
+        if r.released:
+            del self.exports[r.released]
+        return -err, REGION_REASONS[r.why], r.detail, r.change
+
+    cdef object describe(self, const Slot *s):
+        return (s.as_id << 16 | s.id, s.base_gfn << 12, s.npages << 12, s.flags,
+                (<Export>self.exports[s.token]).obj)
+
+    def slots(self, int as_id):
+        """The slots of an address space in ascending order of gpa: (slot, gpa, size, flags, memory)."""
+        cdef int i
+        self.check_open()
+        slots_lock(self.vm)
+        try:
+            return [self.describe(self.vm.slots[as_id].slot[i]) for i in range(self.vm.slots[as_id].map.n)]
+        finally:
+            slots_unlock(self.vm)
+
+    def slot(self, slot):
+        """The slot named by ``as_id << 16 | id``, or None."""
+        cdef uint64_t number = as_word(slot, "slot")
+        cdef Slot *s = NULL
+        self.check_open()
+        slots_lock(self.vm)
+        try:
+            if number >> 16 < ADDRESS_SPACES and number & 0xffff < MAX_SLOT_ID:
+                s = self.vm.slot_by_id[number >> 16][number & 0xffff]
+            return None if s == NULL else self.describe(s)
+        finally:
+            slots_unlock(self.vm)
+
+    def slot_count(self, int as_id):
+        self.check_open()
+        return self.vm.slots[as_id].map.n
+
+    def free_slot_id(self, int as_id):
+        self.check_open()
+        return slot_id_free(self.vm, as_id)
+
+    def generation(self, int as_id):
+        self.check_open()
+        return slots_generation(self.vm.slots[as_id])
+
+    def find_gfn(self, gfn, int as_id):
+        """What a fault would learn of a gfn: (slot, pfn, largest page of the host, reasons against 2M, 1G) or None."""
+        cdef uint64_t g = as_word(gfn, "gfn")
+        cdef int hint = 0
+        cdef Slot *s
+        self.check_open()
+        slots_lock(self.vm)
+        try:
+            s = slot_find(self.vm.slots[as_id], g, &hint)
+            if s == NULL:
+                return None
+            return (s.as_id << 16 | s.id, slot_pfn(s, g), slot_host_level(s, g),
+                    gfn_to_disallow(s, g, LEVEL_2M)[0], gfn_to_disallow(s, g, LEVEL_1G)[0])
+        finally:
+            slots_unlock(self.vm)
+
+    def host_ranges(self):
+        """Runs of host pages that slots bind: (host address, pages, first frame, users, level, writable)."""
+        cdef int i
+        self.check_open()
+        slots_lock(self.vm)
+        try:
+            return [(<uint64_t>self.vm.ranges[i].host, self.vm.ranges[i].npages, self.vm.ranges[i].base_pfn,
+                     self.vm.ranges[i].users, self.vm.ranges[i].max_level, bool(self.vm.ranges[i].writable))
+                    for i in range(self.vm.n_ranges)]
+        finally:
+            slots_unlock(self.vm)
+
+    def frame_areas(self):
+        """The map of frames without the arena: (first frame, pages, host address, writable)."""
+        cdef MemMap *m
+        cdef int i
+        self.check_open()
+        slots_lock(self.vm)
+        try:
+            m = self.vm.hostmem
+            return [(m.first[i], m.npages[i], <uint64_t>m.host[i], bool(m.writable[i])) for i in range(1, m.n)]
+        finally:
+            slots_unlock(self.vm)
+
+    @property
+    def total_pages(self):
+        self.check_open()
+        return self.vm.total_pages
+
+    @property
+    def max_mmu_pages(self):
+        self.check_open()
+        return self.vm.max_pages
+
+    def take_zap_request(self):
+        """True when a slot change asked for all shadow pages to go; the request is cleared."""
+        wanted = bool(self.vm.want_zap_all)
+        self.vm.want_zap_all = 0
+        return wanted
+
+    # -- counters
+
+    def vm_stats(self):
+        """Counters of the VM, in VM_STATS_ORDER."""
+        cdef int i
+        return [ld_u64(&self.vm.stats[i]) for i in range(VM_STATS)]
+
+    def vcpu_stats(self, int vcpu_id):
+        """Counters of a vCPU in VCPU_STATS_ORDER; of all of them together for id -1."""
+        cdef int i
+        cdef int v
+        cdef uint64_t total
+        cdef list out = []
+        for i in range(VCPU_STATS):
+            total = 0
+            for v in range(self.vm.n_vcpus):
+                if vcpu_id < 0 or v == vcpu_id:
+                    total += ld_u64(&self.vm.vcpus[v].stats[i])
+            out.append(total)
+        return out
+
+    # -- events
+
+    def events_enable(self, mask, capacity):
+        """Record the kinds of ``mask`` into a ring of ``capacity`` records, a power of two."""
+        cdef uint64_t wanted = as_word(mask, "mask")
+        cdef uint64_t room = as_word(capacity, "capacity")
+        cdef EventRing *ring = &self.vm.events
+        cdef Event *fresh
+        self.check_open()
+        if room != ring.capacity:
+            self.check_idle("changing the size of the event ring")
+            fresh = <Event *>calloc(<size_t>room, sizeof(Event))
+            if fresh == NULL:
+                raise MemoryError(f"no memory for {room} event records")
+            st_release_u64(&ring.mask, 0)
+            free(ring.ring)
+            ring.ring = fresh
+            ring.capacity = room
+            ring.head = 0
+            ring.tail = 0
+        st_release_u64(&ring.mask, wanted)
+
+    def events_disable(self):
+        st_release_u64(&self.vm.events.mask, 0)
+
+    def events_take(self, bint consume):
+        """The finished records, oldest first, as an array of EVENT_DTYPE."""
+        cdef EventRing *ring = &self.vm.events
+        cdef uint64_t n
+        cdef uint64_t waiting = ld_u64(&ring.head) - ring.tail
+        out = np.empty(waiting, EVENT_DTYPE)
+        if waiting == 0:
+            return out
+        cdef uint64_t address = out.ctypes.data
+        n = events_copy(ring, <Event *>address, waiting, consume)
+        return out[:n]
+
+    @property
+    def events_mask(self):
+        return self.vm.events.mask
+
+    @property
+    def events_capacity(self):
+        return self.vm.events.capacity
+
+    @property
+    def events_dropped(self):
+        return ld_u64(&self.vm.events.dropped)
+
+
+@cython.final
+@cython.freelist(64)
+cdef class AccessResult:
+    """One access of a guest and what became of it.
+
+    Attributes
+    ----------
+    outcome : Outcome
+    path : Path
+        Who carried it out: the processor alone, the processor after page faults, or KVM's emulator.
+    gpa : int or None
+        Guest-physical address of the first byte.
+    error_code : int
+        Of a #PF; an errno for ``Outcome.ERROR``.
+    gva : int
+        Address that faulted (CR2); 0 without a fault.
+    mmio : tuple of (gpa, size)
+        Pieces of the access, one per page, that no memory took: the caller completes them.
+    exits : int
+        VM exits it cost.
+    """
+
+    cdef Access a
+
+    @property
+    def outcome(self):
+        return OUTCOMES[self.a.outcome]
+
+    @property
+    def path(self):
+        return PATHS[self.a.path]
+
+    @property
+    def gpa(self):
+        return None if self.a.gpa == ALL_ONES else self.a.gpa
+
+    @property
+    def error_code(self):
+        return self.a.error_code
+
+    @property
+    def gva(self):
+        return self.a.fault_gva
+
+    @property
+    def exits(self):
+        return self.a.exits
+
+    @property
+    def ok(self):
+        return self.a.outcome == OUTCOME_OK
+
+    @property
+    def mmio(self):
+        return tuple([(self.a.mmio_gpa[i], self.a.mmio_size[i]) for i in range(self.a.n_mmio)])
+
+    def __repr__(self):
+        parts = [self.outcome.name, f"path={self.path.name}"]
+        if self.a.gpa != ALL_ONES:
+            parts.append(f"gpa={self.a.gpa:#x}")
+        if self.a.outcome == OUTCOME_PF or self.a.outcome == OUTCOME_GP:
+            parts.append(f"error_code={self.a.error_code:#x}, gva={self.a.fault_gva:#x}")
+        if self.a.outcome == OUTCOME_ERROR:
+            parts.append(f"errno={self.a.error_code}")
+        parts += [f"mmio={gpa:#x}+{size}" for gpa, size in self.mmio]
+        return f"AccessResult({', '.join(parts)}, exits={self.a.exits})"
+
+
+cdef uint64_t kind_arg(object kind) except? 0:
+    """PFERR_* bits of "r", "w", "x" or the codes 0, 1, 2."""
+    if kind == "r" or kind == 0:
+        return 0
+    if kind == "w" or kind == 1:
+        return PFERR_WRITE
+    if kind == "x" or kind == 2:
+        return PFERR_FETCH
+    raise ArgumentError(f"kind is {kind!r}; allowed are 'r', 'w', 'x' (or their codes 0, 1, 2)")
+
+
+cdef class VcpuCore:
+    """One vCPU of a VM; the struct lives as long as the VM.  ``kvmmmu.VCpu`` is its face."""
+
+    cdef VmCore owner
+    cdef Vcpu *vcpu
+
+    def __cinit__(self, VmCore owner not None, tuple model not None, *args):
+        cdef Vm *vm = owner.vm
+        cdef Vcpu *vcpu
+        cdef kvmmmu_line *line
+        owner.check_open()
+        self.owner = owner
+        vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
+        line = <kvmmmu_line *>aligned_alloc(64, 64)
+        if vcpu == NULL or line == NULL:
+            free(vcpu)
+            free(line)
+            raise MemoryError("no memory for a vCPU")
+        memset(line, 0, 64)
+        vcpu.vm = vm
+        vcpu.line = line
+        model_arg(&vcpu.model, model)
+        slots_lock(vm)
+        if vm.n_vcpus == MAX_VCPUS:
+            slots_unlock(vm)
+            free(vcpu)
+            free(line)
+            raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
+        vcpu.id = vm.n_vcpus
+        roles_refresh(vcpu)
+        vm.vcpus[vcpu.id] = vcpu
+        vm.lines[vcpu.id] = line
+        vm.n_vcpus += 1
+        self.vcpu = vcpu
+        slots_unlock(vm)
+
+    @property
+    def id(self):
+        """Number of the vCPU, from 0 in order of creation."""
+        return self.vcpu.id
+
+    @property
+    def core(self):
+        return self.owner
+
+    cdef int claim(self) except -1:
+        self.owner.check_open()
+        if xchg_u32(&self.vcpu.busy, 1):
+            raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
+        return 0
+
+    cdef void release(self) noexcept:
+        st_release_u32(&self.vcpu.busy, 0)
+
+    # -- registers
+
+    def registers(self):
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        cdef Vcpu *v = self.vcpu
+        return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
+                tuple([v.regs.pdptr[i] for i in range(4)]))
+
+    def set_mode(self, int cpl, bint ac):
+        self.claim()
+        self.vcpu.cpl = cpl
+        self.vcpu.ac = ac
+        self.release()
+
+    def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
+        """KVM_SET_SREGS; False: the values do not go together, nothing changed."""
+        cdef CpuRegs regs
+        cdef int result
+        memset(&regs, 0, sizeof(regs))
+        regs.cr0 = as_word(cr0, "cr0")
+        regs.cr3 = as_word(cr3, "cr3")
+        regs.cr4 = as_word(cr4, "cr4")
+        regs.efer = as_word(efer, "efer")
+        regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
+        regs.compat = compat
+        self.claim()
+        result = set_sregs(self.vcpu, &regs)
+        self.release()
+        return result == REG_OK
+
+    def load_register(self, int n, value):
+        """MOV to CR0, CR3, CR4 (``n`` 0, 3, 4) or WRMSR to EFER (8); False: #GP(0), nothing changed."""
+        cdef uint64_t word = as_word(value, "value")
+        cdef int result
+        self.claim()
+        if n == 0:
+            result = mov_cr0(self.vcpu, word)
+        elif n == 3:
+            result = load_cr3(self.vcpu, word)
+        elif n == 4:
+            result = mov_cr4(self.vcpu, word)
+        else:
+            result = write_efer(self.vcpu, word)
+        self.release()
+        return result == REG_OK
+
+    def invlpg(self, gva):
+        """INVLPG of one page.
+
+        Parameters
+        ----------
+        gva : int
+            Any address in the page.
+
+        Notes
+        -----
+        Shadow paging drops a leaf of an unsync shadow page and maps at once what the guest's table says now.
+        Under EPT and NPT the instruction does not reach KVM.
+        """
+        cdef uint64_t word = as_word(gva, "gva")
+        self.claim()
+        vcpu_invlpg(self.vcpu, word)
+        self.release()
+
+    def sync_roots(self):
+        """Bring every unsync shadow page under the current root in line with the guest's tables.
+
+        Nothing under EPT, NPT or without paging.
+        """
+        self.claim()
+        roots_sync(self.vcpu)
+        self.release()
+
+    # -- accesses
+
+    def access(self, gva, kind="r", cpl=None, int size=1, value=None, bint implicit=False):
+        """Make one access as guest code would, with every fault and exit it causes.
+
+        Parameters
+        ----------
+        gva : int
+            Guest virtual address of the first byte.
+        kind : {"r", "w", "x"} or {0, 1, 2}
+            Read, write or fetch.
+        cpl : int, optional
+            Privilege level 0 to 3; the vCPU's own by default.
+        size : int
+            Bytes, 1 to 64; the access may cross a page.
+        value : int, optional
+            What a write stores, little endian.  Without it nothing is moved, but every check and exit happens.
+        implicit : bool
+            A supervisor access to a system structure, whatever the privilege level.
+
+        Returns
+        -------
+        AccessResult
+
+        Raises
+        ------
+        OverflowError
+            ``gva`` or ``value`` negative or too wide.
+        ArgumentError
+            ``kind``, ``cpl`` or ``size`` out of range.
+        VCpuBusyError
+            Another thread uses this vCPU.
+        """
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef uint64_t word = as_word(gva, "gva")
+        cdef uint64_t bits = kind_arg(kind)
+        cdef uint8_t data[64]
+        cdef uint8_t *moved = NULL
+        cdef uint8_t own = self.vcpu.cpl
+        if size < 1 or size > 64:
+            raise ArgumentError(f"size is {size}; allowed are 1 .. 64 bytes")
+        if value is not None:
+            if bits != PFERR_WRITE:
+                raise ArgumentError("value is given; it goes with writes only")
+            store_value(data, value, size)
+            moved = data
+        cdef int level = own if cpl is None else cpl_arg(cpl)
+        if implicit:
+            bits |= PFERR_IMPLICIT
+        self.claim()
+        self.vcpu.cpl = <uint8_t>level
+        vcpu_access(self.vcpu, word, bits, size, moved, &result.a)
+        self.vcpu.cpl = own
+        self.release()
+        return result
+
+    def move(self, gva, size, data, int cpl, bint write):
+        """An access of up to 64 bytes with its data: (result, bytes of what memory gave)."""
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef uint64_t word = as_word(gva, "gva")
+        cdef int n = size
+        cdef uint8_t buffer[64]
+        cdef uint8_t own = self.vcpu.cpl
+        memset(buffer, 0, 64)
+        if write:
+            buffer[:n] = <bytes>data
+        self.claim()
+        self.vcpu.cpl = <uint8_t>cpl
+        vcpu_access(self.vcpu, word, PFERR_WRITE if write else 0, n, buffer, &result.a)
+        self.vcpu.cpl = own
+        self.release()
+        return result, <bytes>buffer[:n]
+
+    def mmio_offsets(self, AccessResult result not None):
+        """Where in the access each piece of ``result.mmio`` stands."""
+        return [result.a.mmio_offset[i] for i in range(result.a.n_mmio)]
+
+    def access_into(self, gvas, kinds, out, int cpl, int size):
+        """A column of accesses, in order, into a column of records; ``kinds`` is a column or None for reads."""
+        cdef WalkColumn src = WalkColumn.of(gvas, "gvas", 8, -1, False)
+        cdef int64_t n = src.view.len // 8
+        cdef WalkColumn codes = WalkColumn.of(kinds, "kinds", 1, n, False)
+        cdef WalkColumn dst = WalkColumn.of(out, "out", sizeof(Access), n, True)
+        cdef uint8_t own = self.vcpu.cpl
+        self.claim()
+        self.vcpu.cpl = <uint8_t>cpl
+        with nogil:
+            access_many(self.vcpu, <const uint64_t *>src.view.buf, <const uint8_t *>codes.view.buf, n, size,
+                        <Access *>dst.view.buf)
+        self.vcpu.cpl = own
+        self.release()
+
+    def walk_records(self, gva, kind, int cpl):
+        """The guest's tables and the processor's for one address, as they are: nothing is set or faulted.
+
+        (guest walk, walk of the tables KVM built or None before there are any), as dictionaries.
+        """
+        cdef Vcpu *v = self.vcpu
+        cdef uint64_t word = as_word(gva, "gva")
+        cdef uint64_t bits = kind_arg(kind)
+        cdef Walk w, hw
+        cdef int hint = 0
+        if cpl == 3:
+            bits |= PFERR_USER
+        self.claim()
+        walk_memory(&v.guest, &vm_slots(v.vm, v.smm).map, &hint, &w, word, bits, v.ac, False)
+        guest = walk_dict(&v.guest, &w)
+        built = None
+        if v.root.page:
+            hint = 0
+            if v.vm.mmu == MMU_SHADOW:
+                walk_memory(&v.hw, vm_hostmem(v.vm), &hint, &hw, word, bits, v.ac, False)
+            else:
+                walk_memory(&v.hw, vm_hostmem(v.vm), &hint, &hw, w.gpa if not w.fault else w.entry_gpa,
+                            (bits & (PFERR_WRITE | PFERR_FETCH)) | PFERR_USER, False, False)
+            built = walk_dict(&v.hw, &hw)
+        self.release()
+        return guest, built
+
+    # -- recorded runs
+
+    def replay_into(self, a, b, c, kind, size, flags, cpl, bint values, stop_after):
+        """Run records given as columns; the totals as a dictionary, ``what`` 0 if all agreed."""
+        cdef ReplayTotals t
+        cdef TraceColumns e
+        cdef uint64_t n = len(a)
+        cdef uint64_t stop = as_word(stop_after, "stop_after")
+        cdef WalkColumn ca = WalkColumn.of(a, "a", 8, n, False)
+        cdef WalkColumn cb = WalkColumn.of(b, "b", 8, n, False)
+        cdef WalkColumn cc = WalkColumn.of(c, "c", 8, n, False)
+        cdef WalkColumn ck = WalkColumn.of(kind, "kind", 1, n, False)
+        cdef WalkColumn cs = WalkColumn.of(size, "size", 1, n, False)
+        cdef WalkColumn cf = WalkColumn.of(flags, "flags", 1, n, False)
+        cdef WalkColumn cp = WalkColumn.of(cpl, "cpl", 1, n, False)
+        cdef AccessResult access = AccessResult.__new__(AccessResult)
+        e.a = <const uint64_t *>ca.view.buf
+        e.b = <const uint64_t *>cb.view.buf
+        e.c = <const uint64_t *>cc.view.buf
+        e.kind = <const uint8_t *>ck.view.buf
+        e.size = <const uint8_t *>cs.view.buf
+        e.flags = <const uint8_t *>cf.view.buf
+        e.cpl = <const uint8_t *>cp.view.buf
+        memset(&t, 0, sizeof(t))
+        self.claim()
+        with nogil:
+            replay_run(self.vcpu, &e, n, values, stop, &t)
+        self.release()
+        access.a = t.access
+        return {
+            "events": t.events, "disagreements": t.disagreements, "mmio": t.mmio, "mmio_cache": t.mmio_cache,
+            "mmio_spte": t.mmio_spte, "mmio_slow": t.mmio_slow, "page_faults": t.page_faults, "exits": t.exits,
+            "by_kind": [t.by_kind[i] for i in range(16)], "what": t.what, "index": t.index, "gva": t.gva,
+            "expected": t.expected, "got": t.got, "access": access,
+        }
+
+
+cdef int cpl_arg(object cpl) except -1:
+    cdef uint64_t level = as_word(cpl, "cpl")
+    if level > 3:
+        raise ArgumentError(f"cpl is {level}; allowed are 0 .. 3")
+    return <int>level
+
+
+cdef int store_value(uint8_t *data, object value, int size) except -1:
+    cdef bytes raw
+    try:
+        raw = operator.index(value).to_bytes(size, "little")
+    except OverflowError:
+        raise OverflowError(f"value = {value} is outside 0 ... 2^{8 * size}-1") from None
+    memcpy(data, <const char *>raw, size)
+    return 0

@@ -9,8 +9,10 @@ __all__ = [
     "ArenaFullError",
     "ArgumentError",
     "FormatError",
+    "GuestFaultError",
     "KvmmmuError",
     "MemslotError",
+    "MmioUnhandledError",
     "VCpuBusyError",
     "VmBusyError",
     "VmClosedError",
@@ -34,6 +36,25 @@ class MemslotError(KvmmmuError, OSError):
 
     ``errno`` is what ``KVM_SET_USER_MEMORY_REGION`` (or the dirty-log call) would return.
     """
+
+
+class GuestFaultError(KvmmmuError):
+    """The guest would take an exception, or KVM would stop: nothing was completed.
+
+    ``result`` is the ``AccessResult``, or None for a register load.
+    """
+
+    def __init__(self, message: str, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class MmioUnhandledError(KvmmmuError):
+    """An MMIO access that no registered device takes; ``result.mmio`` holds its (gpa, size) pieces."""
+
+    def __init__(self, message: str, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class ArenaFullError(KvmmmuError, MemoryError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from kvmmmu import _core
 from kvmmmu.errors import FormatError
 
-__all__ = ["ANSWER", "CASE", "TRANSLATION", "column", "read_npz"]
+__all__ = ["ACCESS", "ANSWER", "CASE", "TRANSLATION", "column", "read_npz"]
 
 # What NumPy and zipfile raise for bytes that are not what they expect.
 _BROKEN = (
@@ -26,6 +27,8 @@ _BROKEN = (
     OverflowError,
     RuntimeError,  # an encrypted member, or (NotImplementedError) an unknown compression
     TypeError,
+    SyntaxError,  # from the parser of array headers
+    tokenize.TokenError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
@@ -39,6 +42,7 @@ def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype({"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": itemsize})
 
 
+ACCESS = _dtype("access")
 CASE = _dtype("case")
 ANSWER = _dtype("answer")
 TRANSLATION = _dtype("translation")

@@ -414,7 +414,7 @@ class SpteFormat:
             facts["reserved bits"] = f"{reserved:#x}"
         return SpteWords(word, at, "leaf" if seen["leaf"] else "table", facts)
 
-    def _leaf_facts(self, seen: _core.SpteFacts) -> dict[str, int | str | bool]:
+    def _leaf_facts(self, seen: _core._SpteFacts) -> dict[str, int | str | bool]:
         facts: dict[str, int | str | bool] = {}
         for name in ("accessed", "dirty"):
             held = seen[name]

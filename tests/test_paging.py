@@ -98,6 +98,7 @@ class TestArguments:
             (lambda p: p.walk(0, 1), "access is 1"),
             (lambda p: p.walk(0, "r", 4), "cpl is 4"),
             (lambda p: p.walk(0, "r", -1), "cpl is -1"),
+            (lambda p: p.walk(0, "r", 1 << 70), "cpl is 11"),
             (lambda p: p.translate([0], "q"), "access is 'q'"),
             (lambda p: p.reserved_bits(0, 1), "level is 0"),
             (lambda p: p.reserved_bits(6, 1), "level is 6"),

@@ -115,7 +115,9 @@ cdef extern from "kvmmmu/bits.h" nogil:
     const uint32_t MEM_READONLY "KVMMMU_MEM_READONLY"
     const uint32_t MEMSLOT_INVALID "KVMMMU_MEMSLOT_INVALID"
     const uint64_t BIT51 "KVMMMU_BIT51"
+    const uint64_t APIC_DEFAULT_GFN "KVMMMU_APIC_DEFAULT_GFN"
     const uint64_t GFN_HASH_MULTIPLIER "KVMMMU_GFN_HASH_MULTIPLIER"
+    const uint64_t ONE "KVMMMU_ONE"
     const uint64_t ALL_ONES "KVMMMU_ALL_ONES"
 
 # Small numbers: safe as C enums (they fit an int).

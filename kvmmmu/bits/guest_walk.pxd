@@ -31,7 +31,7 @@ cdef struct Walk:
     int seen              # level of the last entry looked at; 0: the walk ended before one
     int fault             # FAULT_*
     uint64_t error_code
-    uint64_t gpa          # result: byte address
+    uint64_t gpa          # result: byte address; like the next two, 0 on a fault
     int page_shift        # result: 12, 21, 22 or 30 (12 without paging)
     uint32_t pte_access   # result: ACC rights of the translation
 
@@ -88,6 +88,10 @@ cdef inline int walk_begin(const Paging *p, Walk *w, uint64_t va, uint64_t acces
     w.accessed = p.accessed
     w.fault = FAULT_NONE
     w.error_code = 0
+    w.gpa = 0
+    w.page_shift = 0
+    w.pte_access = 0
+    w.entry_gpa = 0
     if not va_canonical(va, p.va_shift):
         w.fault = FAULT_GP
         return WALK_FAULT

@@ -122,14 +122,29 @@ class Memory:
 
 
 class _PaeRoots:
-    """The CR3 values a run loads while in PAE paging, each as it is first met."""
+    """The CR3 values a run loads while in PAE paging."""
 
     def __init__(self) -> None:
         self.pae = False
         self.seen: set[int] = set()
 
+    def _clean_stores(self, part: Chunk) -> None:
+        """A guest that copies a PDPTE copies the bits the emulator set in it: no processor would have set them."""
+        if not self.seen:
+            return
+        tables = np.array(sorted(self.seen), np.uint64)
+        stores = (part.kind == Kind.PTSTORE) & ((part.b & np.uint64(7)) == 0)
+        stores &= np.isin(part.b & ~np.uint64(8 * PDPTES - 1), tables)
+        if stores.any():
+            part.c[stores] &= ~PDPTE_AD
+
     def split(self, chunk: Chunk) -> Iterator[tuple[Chunk, int | None]]:
-        """Cut a chunk before each record that loads a PAE root for the first time; yields (part, root or None)."""
+        """Cut a chunk before each record that loads a PAE root; yields (part, root that its first record loads)."""
+        for part, root in self._cut(chunk):
+            self._clean_stores(part)
+            yield part, root
+
+    def _cut(self, chunk: Chunk) -> Iterator[tuple[Chunk, int | None]]:
         first = 0
         root: int | None = None
         for at in np.flatnonzero((chunk.kind == Kind.STATE) | (chunk.kind == Kind.MOVCR)).tolist():
@@ -142,7 +157,7 @@ class _PaeRoots:
             elif chunk.b[at] != 3:
                 continue
             cr3 = int(chunk.a[at]) & 0xFFFFFFE0
-            if self.pae and cr3 not in self.seen:
+            if self.pae:
                 self.seen.add(cr3)
                 yield chunk.part(first, at), root
                 first, root = at, cr3
@@ -187,7 +202,14 @@ def replay(
     vm, vcpu = _machine(mmu, mmio_scheme, behaviour)
     for area, start in memory.areas:
         part = memory.bytes[start : start + area.nbytes]
-        vm.memslots.create(gpa=area.start_gpa, memory=part, readonly=area.kind == "rom")
+        vm.memslots.create(
+            gpa=area.start_gpa,
+            memory=part,
+            readonly=area.kind == "rom",
+            page_size="2M",
+            # Host frames that agree with guest frames below 1 GiB, so that large pages can be mapped.
+            pfn_offset=(area.start_gpa // PAGE) % (1 << 18),
+        )
     roots = _PaeRoots()
     events = disagreements = 0
     first: str | None = None
@@ -198,18 +220,11 @@ def replay(
                 pdptes &= ~PDPTE_AD
             if not len(span):
                 continue
-            done = vcpu.replay(
-                span.kind, span.a, span.b, span.c, span.size, span.flags, span.cpl, start=span.start
-            )
-            events += done.n_done
+            done = vcpu.replay(span, start=span.start, values=trace.is_raw)
+            events += done.events
             disagreements += done.disagreements
             if first is None and done.first is not None:
                 first = _disagreement(done.first)
-            if done.n_done != len(span):
-                raise KvmmmuError(
-                    f"{trace.path}: record {span.start + done.n_done}: the {mmu} replay stopped, "
-                    f"{len(span) - done.n_done} records of its chunk were not looked at"
-                )
         if progress is not None:
             progress(events, trace.n_records)
     seconds = time.perf_counter() - began

@@ -45,6 +45,8 @@ _WORDS = {"ent_pa": "u8", "ent_val": "u8", "ent_set": "u8", "kvm_set_xor": "u8"}
 _OTHERS = {"kvm_diff": "u1", "agree": "u1"}
 _RANGES = {"stage": 3, "access": 2, "cpl": 3, "maxphyaddr": 52}
 
+_MOST_WORDS = 4096
+
 _KIND_OK, _KIND_PF = 0, 1
 _KIND_NESTED = 4  # and above: a fault of the second dimension
 _STAGE_PLAIN, _STAGE_EPT_ONLY = 0, 3
@@ -73,6 +75,8 @@ def _read(path: str | Path) -> tuple[_Columns, int]:
     words = len(column(raw, path, "ent_pa", "u8", (None,)))
     if offsets[0] != 0 or offsets[-1] != words or bool(np.any(np.diff(offsets) < 0)):
         raise FormatError(f"{path}: column 'ent_off' must rise from 0 to {words}, the length of 'ent_pa'")
+    if rows and int(np.diff(offsets).max()) > _MOST_WORDS:
+        raise FormatError(f"{path}: column 'ent_off' gives one row {np.diff(offsets).max()} words; allowed are 4096")
     dtypes = {**_INPUTS, **_OTHERS, **{f"{who}_{k}": t for who in ("exp", "kvm") for k, t in _ANSWERS.items()}}
     full: _Columns = {"ent_off": offsets}
     for name, dtype in dtypes.items():

@@ -23,16 +23,21 @@ cdef enum:
     ERR_INVAL = -22       # EINVAL
     ERR_NOSPC = -28       # ENOSPC: the shadow-page arena or quota is exhausted
     ERR_NOENT = -2        # ENOENT
+    ERR_BUSY = -16        # EBUSY: a vCPU runs
     ERR_FAULT = -14       # EFAULT
 
 cdef enum:
     ADDRESS_SPACES = 2
     MAX_VCPUS = 64
     MAX_SLOT_ID = 32764   # user slots are 0 .. MAX_SLOT_ID-1
+    MAX_SLOT_PAGES = 2147483647
+    MIN_MMU_PAGES = 64
+    SLOT_PAGES_PER_MMU_PAGE = 50
     PREV_ROOTS = 3
     PTE_LIST_EXT = 14
     HASH_BITS = 12
     ARENA_PAGES = 1048576    # 4 GiB of sptes, reserved, not committed; arena pfns are 0 .. ARENA_PAGES-1
+    ARENA_DESCS = 16777216   # pte list blocks reserved
     RANGE_PFN_ALIGN = 262144  # each host range starts at a 1 GiB boundary
 
 cdef enum:
@@ -44,6 +49,7 @@ cdef enum:
     MMIO_OFF = 0
     MMIO_ZAP_ALL = 1
     MMIO_GENERATION = 2
+    MMIO_UNGUARDED = 3    # the mail of 2011: cached, and nothing undoes it when slots change
 
 # ---- guest memory -----------------------------------------------------------
 
@@ -57,34 +63,91 @@ cdef struct MemMap:
     uint8_t *writable
 
 cdef struct HostRange:
-    # Bytes of the host process that guest frames can be; disjoint from every other range.
+    # A run of host pages that the same number of slots bind; disjoint from every other run.
     uint8_t *host
     uint64_t npages
-    uint64_t base_pfn     # 1 GiB aligned plus the chosen offset
-    uint32_t users        # slots that bind it
-    uint8_t max_level     # largest mapping the host backs it with: 1, 2 or 3
+    uint64_t base_pfn
+    uint32_t users        # slots that bind these bytes
+    uint8_t max_level     # largest mapping the host backs them with: 1, 2 or 3
     uint8_t writable
+
+cdef struct Segment:
+    # Pages of a slot whose frames follow each other.
+    uint64_t first        # page number within the slot
+    uint64_t npages
+    uint64_t pfn
+    uint8_t max_level     # of the host's backing
 
 cdef struct Slot:
     uint64_t base_gfn
     uint64_t npages
     uint8_t *hva          # host address of the first byte
-    uint64_t base_pfn     # frame of the first page; valid when contiguous
-    int32_t range         # index of the host range; -1: the slot spans several
+    uint64_t base_pfn     # frame of the first page; frames follow it when n_segments is 1
+    int n_segments
+    Segment *segments     # owned; by page number
     uint32_t flags        # MEM_LOG_DIRTY_PAGES | MEM_READONLY | MEMSLOT_INVALID
     uint32_t id
     uint32_t as_id
     uint64_t token        # names the Python buffer export that keeps hva alive
+    void *arrays          # owned: the one block in which the next three stand
     uint64_t *rmap[3]     # [level-1]: one head word per frame of that size
     uint32_t *disallow[2]  # [level-2]: reasons against a large page there
     uint16_t *write_track  # shadow pages of level > 1 (and other trackers) per gfn
-    uint64_t *dirty       # dirty bitmap, one bit per page, or NULL
+    uint64_t *dirty       # owned: dirty bitmap, one bit per page, or NULL
 
 cdef struct SlotSet:
     # One published, immutable table of an address space's slots.
-    MemMap map            # by gfn; INVALID slots keep their place
+    MemMap map            # by gfn; an INVALID slot keeps its place, its host is NULL
     Slot **slot           # parallel to map
     uint64_t generation   # bit 63: an update is in flight
+
+cdef enum:
+    CHANGE_NONE = 0
+    CHANGE_CREATE = 1
+    CHANGE_DELETE = 2
+    CHANGE_MOVE = 3
+    CHANGE_FLAGS = 4
+
+# Why a region was refused; what a message needs beyond the errno.
+cdef enum:
+    WHY_NONE = 0
+    WHY_ID
+    WHY_FLAGS
+    WHY_SIZE_ALIGN
+    WHY_GPA_ALIGN
+    WHY_HVA_ALIGN
+    WHY_AS_ID
+    WHY_WRAP
+    WHY_TOO_MANY_PAGES
+    WHY_NO_SLOT
+    WHY_TOTAL_PAGES
+    WHY_HVA_CHANGED
+    WHY_SIZE_CHANGED
+    WHY_READONLY_CHANGED
+    WHY_OVERLAP
+    WHY_MAX_GFN
+    WHY_NO_MEMORY
+    WHY_INCONGRUENT
+    WHY_BACKING
+    WHY_NO_FRAMES
+    WHY_CLOSED
+
+cdef struct Region:
+    # The arguments of KVM_SET_USER_MEMORY_REGION and what came of them.
+    uint32_t slot         # as_id << 16 | id
+    uint32_t flags
+    uint64_t gpa
+    uint64_t size         # bytes; 0 deletes
+    uint8_t *hva
+    uint8_t keep_memory   # hva and size are those the slot has
+    uint8_t host_writable  # the buffer may be written
+    uint8_t max_level     # backing wanted for bytes not bound yet: 1, 2, 3; 0: 1, and no opinion on bound ones
+    uint32_t pfn_offset   # of a new host range within its 1 GiB, in pages
+    uint64_t token        # of the buffer export behind hva
+    int change            # out: CHANGE_*
+    int why               # out: WHY_*
+    uint64_t detail       # out: the number the message needs
+    uint64_t released     # out: token whose export nobody uses any more, 0 = none
 
 # ---- shadow pages -----------------------------------------------------------
 
@@ -142,7 +205,7 @@ cdef struct Arena:
 # ---- observation ------------------------------------------------------------
 
 cdef struct Event:
-    uint32_t kind         # EV_*
+    uint32_t kind         # EV_*, stored last: 0 while the record is being written
     uint32_t vcpu         # id, or ~0 for the VM
     uint64_t w[7]         # fields, by kind
 
@@ -153,6 +216,42 @@ cdef struct EventRing:
     uint64_t head         # records ever written
     uint64_t tail         # records ever read
     uint64_t dropped
+
+# By tracepoint; the fields w[0..6] of each stand in events.pxd.  Append only, below 64.
+cdef enum:
+    EV_NONE = 0
+    EV_KVM_MMU_PAGETABLE_WALK
+    EV_KVM_MMU_PAGING_ELEMENT
+    EV_KVM_MMU_SET_ACCESSED_BIT
+    EV_KVM_MMU_SET_DIRTY_BIT
+    EV_KVM_MMU_WALKER_ERROR
+    EV_KVM_MMU_GET_PAGE
+    EV_KVM_MMU_SYNC_PAGE
+    EV_KVM_MMU_UNSYNC_PAGE
+    EV_KVM_MMU_PREPARE_ZAP_PAGE
+    EV_MARK_MMIO_SPTE
+    EV_HANDLE_MMIO_PAGE_FAULT
+    EV_CHECK_MMIO_SPTE
+    EV_FAST_PAGE_FAULT
+    EV_KVM_MMU_ZAP_ALL_FAST
+    EV_KVM_MMU_SET_SPTE
+    EV_KVM_MMU_SPTE_REQUESTED
+    EV_KVM_TDP_MMU_SPTE_CHANGED
+    EV_KVM_MMU_SPLIT_HUGE_PAGE
+    EV_KVM_PAGE_FAULT
+    EV_VCPU_MATCH_MMIO
+    EV_KVM_MMIO
+    EV_KVM_FAST_MMIO
+    EV_KVM_INJ_EXCEPTION
+    EV_KVM_EMULATE_INSN
+    EV_KVM_UNMAP_HVA_RANGE
+    EV_KVM_SET_SPTE_HVA
+    EV_KVM_AGE_HVA
+    EV_KVM_TEST_AGE_HVA
+    EV_KVM_EXIT
+    EV_KVM_CR
+    EV_KVM_MSR
+    EV_KINDS
 
 # The order is the order of the names in _core; append only.
 cdef enum:
@@ -296,12 +395,15 @@ cdef struct Vm:
     Vcpu *vcpus[64]
     int n_vcpus
     # memory
-    MemMap hostmem        # by pfn: area 0 is the arena, then the host ranges
+    uint32_t slots_lock   # serialises slot changes
+    MemMap *hostmem       # by pfn: area 0 is the arena, then the host ranges; published with release
     HostRange *ranges
     int n_ranges
     int ranges_capacity
-    uint64_t next_range_pfn
     SlotSet *slots[2]     # published with release, by address space
+    Slot **slot_by_id[2]  # MAX_SLOT_ID entries each; under slots_lock
+    uint64_t *last_base[2]  # by id: base gfn named in its last change (3.1's rule for zapping all)
+    int slot_hint[2]      # last slot found under mmu_lock for write, by address space
     uint64_t total_pages  # in slots of address space 0 and 1
     # shadow pages
     Arena arena
@@ -316,5 +418,35 @@ cdef struct Vm:
     int32_t tdp_roots     # chain through list_next
     # what the caller of an update must still do
     uint8_t want_zap_all  # a slot went away or moved
+    uint8_t want_shrink   # max_pages fell below used_pages
     uint64_t stats[32]
     EventRing events
+
+# ---- one access and what became of it ---------------------------------------------
+
+cdef enum:
+    OUTCOME_OK = 0
+    OUTCOME_MMIO = 1            # the caller must complete it: mmio_gpa, mmio_size
+    OUTCOME_PF = 2              # #PF(error_code) at fault_gva
+    OUTCOME_GP = 3              # #GP(0)
+    OUTCOME_INTERNAL_ERROR = 4  # KVM gives up: no instruction to emulate
+    OUTCOME_SHUTDOWN = 5        # triple fault
+    OUTCOME_HANG = 6            # exits without progress
+    OUTCOME_ERROR = 7           # error_code is an errno
+
+cdef enum:
+    PATH_HARDWARE = 0   # the processor alone
+    PATH_FAULT = 1      # page faults, then the processor
+    PATH_EMULATED = 2   # KVM made the access
+
+cdef struct Access:
+    uint64_t gpa          # of the first byte; all ones where none is known
+    uint64_t error_code
+    uint64_t fault_gva
+    uint64_t mmio_gpa[2]  # pieces that no memory took, one per page
+    uint8_t mmio_size[2]
+    uint8_t mmio_offset[2]  # of the piece in the access
+    uint8_t n_mmio
+    uint8_t outcome
+    uint8_t path
+    uint32_t exits

@@ -120,6 +120,14 @@ def test_a_file_that_is_not_as_described_is_a_format_error_naming_the_column(tmp
     assert str(path) in str(info.value)
 
 
+def test_a_row_with_more_words_than_a_case_may_have_is_a_format_error(tmp_path):
+    def change(columns):
+        columns["ent_off"][1:] = columns["ent_off"][-1]
+
+    with pytest.raises(FormatError, match="'ent_off' gives one row"):
+        vectors.check(rewrite(tmp_path, change, next(path for path in SLICES if path.name == "over_ept.npz")))
+
+
 def test_missing_columns_are_zero(tmp_path):
     def zero(columns):
         columns["pkru"][:] = 0

@@ -24,6 +24,17 @@
 KVMMMU_DEFINE_ATOMICS(uint64_t, u64)
 KVMMMU_DEFINE_ATOMICS(uint32_t, u32)
 
+/* A pointer to something immutable, and its publication; p is the address of the pointer. */
+static inline void *kvmmmu_ld_acquire_ptr(const void *p)
+{
+    return __atomic_load_n((void *const *)p, __ATOMIC_ACQUIRE);
+}
+
+static inline void kvmmmu_st_release_ptr(void *p, const void *v)
+{
+    __atomic_store_n((void **)p, (void *)v, __ATOMIC_RELEASE);
+}
+
 /* Full barrier as an exchange: cheaper than mfence and visible to ThreadSanitizer. */
 static inline void kvmmmu_full_barrier(void)
 {

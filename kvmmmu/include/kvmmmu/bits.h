@@ -154,7 +154,10 @@
 
 /* The lowest bit that is reserved on every host with MAXPHYADDR below 52. */
 #define KVMMMU_BIT51 KVMMMU_BIT(51)
+/* The local APIC's page, where no APIC base was ever moved. */
+#define KVMMMU_APIC_DEFAULT_GFN UINT64_C(0xfee00)
 #define KVMMMU_GFN_HASH_MULTIPLIER UINT64_C(0x61C8864680B583EB)
+#define KVMMMU_ONE UINT64_C(1)
 #define KVMMMU_ALL_ONES (~UINT64_C(0))
 
 #endif

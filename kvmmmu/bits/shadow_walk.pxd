@@ -1,0 +1,25 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The lockless shadow walk: each spte is read once, and only what was read decides."""
+
+from libc.stdint cimport uint64_t
+from kvmmmu.bits.constants cimport *
+
+cdef extern from "kvmmmu/atomics.h" nogil:
+    uint64_t kvmmmu_ld_acquire_u64(const uint64_t *p)
+
+
+cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, uint64_t address,
+                            uint64_t *sptes) noexcept nogil:
+    """Follow sptes from ``table`` down; returns the level of the last one read.
+
+    ``sptes[level]`` receives every entry passed.  The walk ends at level 1, at a large
+    leaf, or at an entry that is not shadow-present, which may be empty, REMOVED or MMIO.
+    """
+    cdef uint64_t spte
+    while True:
+        spte = kvmmmu_ld_acquire_u64(arena + (table << 9) + ((address >> (12 + 9 * (level - 1))) & 511))
+        sptes[level] = spte
+        if level == LEVEL_4K or not spte & SPTE_MMU_PRESENT or spte & PT_PAGE_SIZE_MASK:
+            return level
+        table = (spte & PT_ADDR_MASK) >> 12
+        level -= 1

@@ -1,0 +1,125 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The access an exit could not map, carried out by KVM: MMIO, read-only slots, shadowed tables."""
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcpy
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
+from kvmmmu.engine.events cimport ev_inj_exception, ev_match_mmio
+from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
+from kvmmmu.engine.memslots cimport slot_host, slot_visible
+from kvmmmu.engine.mmiocache cimport mmio_cache_clear_gva, mmio_match_gpa, mmio_match_gva
+from kvmmmu.engine.pfns cimport slot_readonly
+from kvmmmu.engine.roles cimport is_paging, tdp_enabled
+from kvmmmu.engine.roots cimport invlpg_root
+from kvmmmu.engine.state cimport (
+    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, Slot, VSTAT_INSN_EMULATION,
+    VSTAT_INSN_EMULATION_FAIL, VSTAT_MMIO_EXITS, VSTAT_PF_GUEST, Vcpu,
+)
+from kvmmmu.engine.write cimport track_write
+
+cdef enum:
+    PIECE_MEMORY = 0
+    PIECE_MMIO = 1
+    PIECE_FAULT = 2
+
+
+cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexcept nogil:
+    """Deliver the fault of ``vcpu.walk``.
+
+    A permission fault drops the address from the current root first: an unsync leaf that
+    still allows less than the guest's table would fault for ever.
+    """
+    cdef uint64_t code = vcpu.walk.error_code
+    out.fault_gva = gva
+    if vcpu.walk.fault == FAULT_GP:
+        out.outcome = OUTCOME_GP
+        out.error_code = 0
+        return
+    out.outcome = OUTCOME_PF
+    out.error_code = code
+    if code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT:
+        invlpg_root(vcpu, vcpu.root.page, gva)
+    vcpu.stats[<int>VSTAT_PF_GUEST] += 1
+    ev_inj_exception(vcpu.vm, vcpu.id, 14, True, code, False)
+
+
+cdef inline int piece_gpa(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t known_gpa, uint64_t *gpa) noexcept nogil:
+    """Where one piece of an access goes.  ``known_gpa`` (all ones: none) is the address the exit gave."""
+    cdef bint write = (access & PFERR_WRITE) != 0
+    if known_gpa != ALL_ONES and (known_gpa ^ gva) & 4095 == 0:
+        gpa[0] = known_gpa
+    elif (mmio_match_gva(vcpu, gva) and not access & PFERR_FETCH
+          and (not is_paging(vcpu)
+               or not permission_fault(&vcpu.guest, access, vcpu.mmio.access | ACC_X, vcpu.ac, 0))):
+        gpa[0] = (vcpu.mmio.gfn << 12) | (gva & 4095)
+        ev_match_mmio(vcpu.vm, vcpu.id, gva, gpa[0], write, False)
+        return PIECE_MMIO
+    elif guest_walk(vcpu, &vcpu.walk, gva, access):
+        gpa[0] = vcpu.walk.gpa
+    else:
+        return PIECE_FAULT
+    if gpa[0] >> 12 == APIC_DEFAULT_GFN:
+        return PIECE_MMIO
+    if mmio_match_gpa(vcpu, gpa[0]):
+        ev_match_mmio(vcpu.vm, vcpu.id, gva, gpa[0], write, True)
+        return PIECE_MMIO
+    return PIECE_MEMORY
+
+
+cdef inline bint piece_memory(Vcpu *vcpu, uint64_t gpa, uint64_t access, int size, uint8_t *data) noexcept nogil:
+    """Touch guest memory inside one page.  False: no memory takes it, so it is MMIO."""
+    cdef Slot *slot = vcpu_slot(vcpu, gpa >> 12)
+    cdef uint8_t *host
+    if not slot_visible(slot):
+        return False
+    host = slot_host(slot, gpa >> 12) + (gpa & 4095)
+    if not access & PFERR_WRITE:
+        if data != NULL:
+            memcpy(data, host, size)
+        return True
+    if slot_readonly(slot):
+        return False
+    if data != NULL:
+        memcpy(host, data, size)
+    slot_mark_dirty(slot, gpa >> 12)
+    track_write(vcpu, gpa, size)
+    return True
+
+
+cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
+                                uint64_t known_gpa, Access *out) noexcept nogil:
+    """Carry out a load or store for the guest, split where it crosses a page.
+
+    No MMIO leaves before every piece was translated: a fault in the second page hides the first.
+    """
+    cdef int done = 0, now, kind
+    cdef uint64_t gpa = 0
+    vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
+    out.outcome = OUTCOME_OK
+    if access & PFERR_FETCH:
+        # There is no instruction to decode where no memory is.
+        vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
+        out.outcome = OUTCOME_INTERNAL_ERROR
+        return
+    while done < size:
+        now = size - done
+        if now > 4096 - <int>((gva + <uint64_t>done) & 4095):
+            now = 4096 - <int>((gva + <uint64_t>done) & 4095)
+        kind = piece_gpa(vcpu, gva + <uint64_t>done, access, known_gpa if done == 0 else ALL_ONES, &gpa)
+        if kind == PIECE_FAULT:
+            out.n_mmio = 0
+            inject_guest_fault(vcpu, gva + <uint64_t>done, out)
+            return
+        if done == 0:
+            out.gpa = gpa
+        if kind == PIECE_MMIO or not piece_memory(vcpu, gpa, access, now, NULL if data == NULL else data + done):
+            out.mmio_gpa[out.n_mmio] = gpa
+            out.mmio_size[out.n_mmio] = <uint8_t>now
+            out.mmio_offset[out.n_mmio] = <uint8_t>done
+            out.n_mmio += 1
+        done += now
+    if out.n_mmio:
+        out.outcome = OUTCOME_MMIO
+        vcpu.stats[<int>VSTAT_MMIO_EXITS] += out.n_mmio

@@ -1,0 +1,330 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Page faults: the MMIO short cut, the lockless repair, the real path."""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.guest_walk cimport Walk
+from kvmmmu.bits.mmio cimport mmio_gen_valid, mmio_spte_access, mmio_spte_gen, mmio_spte_gfn
+from kvmmmu.bits.paging cimport rsvd_fault
+from kvmmmu.bits.shadow_walk cimport shadow_walk
+from kvmmmu.bits.spte cimport (
+    spte_acc_tracked, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present, spte_writable,
+)
+from kvmmmu.engine.atomics cimport cmpxchg_u64
+from kvmmmu.engine.events cimport (
+    ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio,
+)
+from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.leaf cimport (
+    RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
+    vcpu_generation,
+)
+from kvmmmu.engine.locks cimport (
+    kvmmmu_reading_begin, kvmmmu_reading_end, mmu_read_lock, mmu_read_unlock, mmu_write_lock, mmu_write_unlock,
+)
+from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
+from kvmmmu.engine.memslots cimport slot_visible
+from kvmmmu.engine.mmiocache cimport mmio_cache_fill, mmio_match_gpa, mmio_match_gva
+from kvmmmu.engine.pages cimport page_at, page_obsolete, root_table
+from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
+from kvmmmu.engine.shadow cimport direct_map, flooding_clear_path, shadow_map
+from kvmmmu.engine.state cimport (
+    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT,
+    VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
+)
+from kvmmmu.engine.tdp cimport tdp_map
+from kvmmmu.engine.track cimport gfn_write_tracked
+from kvmmmu.engine.zap cimport make_pages_available, unprotect_gfn
+
+cdef enum:
+    FAULT_INJECT = 100   # beside RET_PF_*: the guest's own tables fault, vcpu.walk says how
+    FAST_TRIES = 5
+
+
+# ---- MMIO -------------------------------------------------------------------------
+
+cdef inline int walk_sptes(Vcpu *vcpu, uint64_t address, uint64_t *sptes, int *top) noexcept nogil:
+    """The lockless walk from the current root; level of the last spte, 0 if there is no table."""
+    cdef int level, leaf = 0
+    cdef int32_t table
+    kvmmmu_reading_begin(vcpu.line)
+    table = root_table(vcpu.vm, vcpu.root.page, address, &level)
+    top[0] = level
+    if table:
+        leaf = shadow_walk(vcpu.vm.arena.sptes, <uint64_t>table, level, address, sptes)
+    kvmmmu_reading_end(vcpu.line)
+    return leaf
+
+
+cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
+    """A reserved-bit fault: EMULATE, RETRY, INVALID (stale, take the real path) or ERR_INVAL (a bug).
+
+    Nothing is decided from memory after the walk: only the values read count.
+    """
+    cdef Vm *vm = vcpu.vm
+    cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
+    cdef uint64_t sptes[6]
+    cdef uint64_t spte, gfn, gen
+    cdef uint32_t access
+    cdef int level, leaf, top
+    cdef bint cached
+    if direct:
+        cached = mmio_match_gpa(vcpu, address)
+    else:
+        cached = mmio_match_gva(vcpu, address)
+    if cached:
+        vcpu.stats[<int>VSTAT_MMIO_CACHE_HIT] += 1
+        return RET_PF_EMULATE
+    leaf = walk_sptes(vcpu, address, sptes, &top)
+    if leaf == 0:
+        return RET_PF_RETRY
+    for level in range(leaf, top + 1):
+        if spte_present(sptes[level]) and rsvd_fault(&vcpu.hw, level, sptes[level]):
+            return ERR_INVAL
+    spte = sptes[leaf]
+    if not spte_is_mmio(&vm.masks, spte):
+        return RET_PF_RETRY
+    gfn = mmio_spte_gfn(&vm.masks, spte)
+    access = mmio_spte_access(&vm.masks, spte)
+    gen = vcpu_generation(vcpu)
+    ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
+    if not mmio_gen_valid(gen, spte):
+        return RET_PF_INVALID
+    if direct:
+        address = 0
+    ev_handle_mmio(vm, vcpu.id, address, gfn, access)
+    mmio_cache_fill(vcpu, address, gfn, access)
+    vcpu.stats[<int>VSTAT_MMIO_SPTE_HIT] += 1
+    return RET_PF_EMULATE
+
+# ---- the lockless repair ------------------------------------------------------------
+
+cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
+    """Give W (or tracked rights) back without mmu_lock; INVALID: not a case for it.
+
+    Direct tables only: the gfn behind an indirect spte may change under the reader.
+    """
+    cdef Vm *vm = vcpu.vm
+    cdef uint64_t spte = 0, new_ = 0
+    cdef uint64_t *sptep = NULL
+    cdef int _tries, level, ret = RET_PF_INVALID
+    if f.rsvd or f.present and not f.write or not f.present and vm.masks.ad_enabled:
+        return RET_PF_INVALID
+    kvmmmu_reading_begin(vcpu.line)
+    for _tries in range(FAST_TRIES):
+        sptep = last_sptep(vm, vcpu.root.page, f.addr, &level)
+        if sptep == NULL:
+            break
+        spte = sptep[0]
+        new_ = spte
+        if not spte_present(spte) or not spte_is_last(spte, level):
+            break
+        if spte_permits(&vm.masks, spte, f.write, f.fetch):
+            ret = RET_PF_SPURIOUS
+            break
+        if spte_acc_tracked(&vm.masks, spte):
+            new_ = acc_track_restore(&vm.masks, new_)
+        if f.write and spte_mmu_writable(&vm.masks, spte):
+            new_ |= PT_WRITABLE_MASK
+            # A huge page of a logged slot must be split first, or the log would miss its pages.
+            if level > LEVEL_4K and f.slot != NULL and f.slot.flags & MEM_LOG_DIRTY_PAGES:
+                break
+        if new_ == spte or not spte_permits(&vm.masks, new_, f.write, f.fetch):
+            break
+        if cmpxchg_u64(sptep, spte, new_):
+            if spte_writable(new_) and not spte_writable(spte):
+                slot_mark_dirty(f.slot, f.gfn)
+            ret = RET_PF_FIXED
+            break
+    ev_fast_page_fault(vm, vcpu.id, f.addr, f.error_code,
+                       0 if sptep == NULL else <uint64_t>(sptep - vm.arena.sptes), spte, new_,
+                       ret == RET_PF_SPURIOUS, ret == RET_PF_FIXED)
+    kvmmmu_reading_end(vcpu.line)
+    if ret != RET_PF_INVALID:
+        vcpu.stats[<int>VSTAT_PF_FAST] += 1
+    return ret
+
+cdef inline uint64_t *last_sptep(Vm *vm, int32_t root, uint64_t address, int *level) noexcept nogil:
+    """Address of the last spte of a walk; only for the owner of the READING mark."""
+    cdef int32_t table = root_table(vm, root, address, level)
+    cdef uint64_t *sptep = NULL
+    cdef uint64_t spte
+    while table:
+        sptep = vm.arena.sptes + (<uint64_t>table << 9) + ((address >> (12 + 9 * (level[0] - 1))) & 511)
+        spte = sptep[0]
+        if level[0] == LEVEL_4K or not spte_present(spte) or spte & PT_PAGE_SIZE_MASK:
+            return sptep
+        table = <int32_t>((spte & PT_ADDR_MASK) >> 12)
+        level[0] -= 1
+    return sptep
+
+# ---- what stands behind the gfn --------------------------------------------------------
+
+cdef inline int fault_pfn(Vcpu *vcpu, Fault *f) noexcept nogil:
+    """Find the frame; CONTINUE, or how the fault ends without one."""
+    cdef Vm *vm = vcpu.vm
+    cdef bint direct
+    if f.slot != NULL and not slot_visible(f.slot):
+        # Being deleted or moved: nothing may be cached for it until that is over.
+        return RET_PF_RETRY
+    f.pfn = gfn_to_pfn(f.slot, f.gfn, f.write, &f.map_writable)
+    if f.slot == NULL:
+        direct = (vcpu.root_role & ROLE_DIRECT) != 0 and vm.mmu != 0
+        vcpu.stats[<int>VSTAT_MMIO_SLOW] += 1
+        mmio_cache_fill(vcpu, 0 if direct else f.addr, f.gfn, f.access & <uint32_t>vm.masks.mmio_access)
+        if not vm.masks.mmio_caching:
+            return RET_PF_EMULATE
+        if f.gfn >> (vm.host.phys_bits - 12):
+            # No spte can hold such an address.
+            return RET_PF_EMULATE
+        return RET_PF_CONTINUE
+    if f.pfn == PFN_ERR_RO_FAULT:
+        return RET_PF_EMULATE
+    if pfn_is_error(f.pfn):
+        return ERR_FAULT
+    return RET_PF_CONTINUE
+
+cdef inline bint fault_stale(Vcpu *vcpu) noexcept nogil:
+    """The root went away between the fault and the lock."""
+    cdef int32_t root = vcpu.root.page
+    return root == 0 or not page_at(vcpu.vm, root).special and page_obsolete(vcpu.vm, page_at(vcpu.vm, root))
+
+# ---- the real path ------------------------------------------------------------------
+
+cdef inline bint fault_write_tracked(const Fault *f) noexcept nogil:
+    return f.present and f.write and not f.rsvd and gfn_write_tracked(f.slot, f.gfn)
+
+cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
+    """A gpa fault: TDP, or a guest without paging."""
+    cdef Vm *vm = vcpu.vm
+    cdef int ret
+    f.gfn = f.addr >> 12
+    f.slot = vcpu_slot(vcpu, f.gfn)
+    f.access = ACC_ALL
+    f.max_level = host_max_level(vm) if vm.mmu else <int>LEVEL_2M
+    if fault_write_tracked(f):
+        return RET_PF_EMULATE
+    if vm.mmu:
+        ret = fast_page_fault(vcpu, f)
+        if ret != RET_PF_INVALID:
+            return ret
+    ret = fault_pfn(vcpu, f)
+    if ret != RET_PF_CONTINUE:
+        return ret
+    if page_at(vm, vcpu.root.page).tdp:
+        mmu_read_lock(vcpu)
+        ret = RET_PF_RETRY if fault_stale(vcpu) else tdp_map(vcpu, f)
+        mmu_read_unlock(vcpu)
+        return ret
+    mmu_write_lock(vm)
+    ret = RET_PF_RETRY
+    if not fault_stale(vcpu):
+        ret = direct_map(vcpu, f) if make_pages_available(vm, vcpu.id) else ERR_NOSPC
+    mmu_write_unlock(vm)
+    return ret
+
+
+cdef inline bint fault_hits_own_tables(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
+    """The write may change a table of its own walk; also notes whether it surely does.
+
+    Then the page is mapped 4 KiB at a time, or the huge mapping would protect the table
+    and the data together and the guest could never make progress.
+    """
+    cdef uint64_t mask = ~((ONE << (w.page_shift - 12)) - 1)
+    cdef uint64_t table
+    cdef int level, top = vcpu.guest.levels
+    cdef bint inside = False
+    if not (w.pte_access & ACC_W or not vcpu.regs.cr0 & CR0_WP and not f.user):
+        return False
+    if top == 3:
+        top = 2
+    for level in range(w.level, top + 1):
+        table = w.entry_gpas[level] >> 12
+        inside |= ((f.gfn ^ table) & mask) == 0
+        f.self_change |= f.gfn == table
+    return inside
+
+
+cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
+    """A gva fault of a paging guest."""
+    cdef Vm *vm = vcpu.vm
+    cdef Walk *w = &vcpu.walk
+    cdef int ret
+    if not guest_walk(vcpu, w, f.addr, f.error_code & (PFERR_WRITE | PFERR_USER | PFERR_FETCH)):
+        return FAULT_INJECT
+    f.gfn = w.gpa >> 12
+    f.slot = vcpu_slot(vcpu, f.gfn)
+    f.max_level = w.level
+    if fault_write_tracked(f):
+        flooding_clear_path(vcpu, f.addr)
+        return RET_PF_EMULATE
+    if fault_hits_own_tables(vcpu, f, w):
+        f.max_level = LEVEL_4K
+    f.access = w.pte_access
+    ret = fault_pfn(vcpu, f)
+    if ret != RET_PF_CONTINUE:
+        return ret
+    # CR0.WP=0: a supervisor store to a read-only page needs W, which then must be the
+    # supervisor's alone.  Not for MMIO, whose access bits are cached.
+    if f.write and not w.pte_access & ACC_W and not vcpu.regs.cr0 & CR0_WP and not f.user and f.slot != NULL:
+        w.pte_access = (w.pte_access | ACC_W) & ~<uint32_t>ACC_U
+        if vcpu.regs.cr4 & CR4_SMEP:
+            w.pte_access &= ~<uint32_t>ACC_X
+    mmu_write_lock(vm)
+    ret = RET_PF_RETRY
+    if not fault_stale(vcpu):
+        ret = shadow_map(vcpu, f, w) if make_pages_available(vm, vcpu.id) else ERR_NOSPC
+    mmu_write_unlock(vm)
+    return ret
+
+
+cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) noexcept nogil:
+    """The top of the handler (``kvm_mmu_page_fault``).
+
+    Returns RET_PF_RETRY to resume the guest, RET_PF_EMULATE, FAULT_INJECT, or an error.
+    """
+    cdef Vm *vm = vcpu.vm
+    cdef Fault f
+    cdef int ret = RET_PF_INVALID
+    cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
+    if error_code & PFERR_RSVD:
+        ret = handle_mmio_fault(vcpu, address)
+        if ret == RET_PF_EMULATE:
+            return ret
+    if ret == RET_PF_INVALID:
+        f.addr = address
+        f.error_code = error_code
+        f.write = (error_code & PFERR_WRITE) != 0
+        f.fetch = (error_code & PFERR_FETCH) != 0
+        f.user = (error_code & PFERR_USER) != 0
+        f.present = (error_code & PFERR_PRESENT) != 0
+        f.rsvd = (error_code & PFERR_RSVD) != 0
+        f.prefetch = 0
+        f.map_writable = 0
+        f.self_change = 0
+        f.huge_page_disallowed = 0
+        f.req_level = LEVEL_4K
+        f.goal_level = LEVEL_4K
+        f.slot = NULL
+        f.pfn = 0
+        f.access = ACC_ALL
+        vcpu.stats[<int>VSTAT_PF_TAKEN] += 1
+        ret = direct_page_fault(vcpu, &f) if direct else shadow_page_fault(vcpu, &f)
+        if ret == RET_PF_FIXED:
+            vcpu.stats[<int>VSTAT_PF_FIXED] += 1
+        elif ret == RET_PF_EMULATE:
+            vcpu.stats[<int>VSTAT_PF_EMULATE] += 1
+        elif ret == RET_PF_SPURIOUS:
+            vcpu.stats[<int>VSTAT_PF_SPURIOUS] += 1
+    if ret < 0 or ret == FAULT_INJECT:
+        return ret
+    if ret != RET_PF_EMULATE:
+        return RET_PF_RETRY
+    # The processor wrote to a guest table that is only protected because it is shadowed.
+    if direct and (error_code & (PFERR_GUEST_PAGE | PFERR_WRITE | PFERR_PRESENT)) == (
+            PFERR_GUEST_PAGE | PFERR_WRITE | PFERR_PRESENT):
+        mmu_write_lock(vm)
+        unprotect_gfn(vm, vcpu.id, address >> 12)
+        mmu_write_unlock(vm)
+        return RET_PF_RETRY
+    return RET_PF_EMULATE

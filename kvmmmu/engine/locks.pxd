@@ -1,0 +1,44 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""mmu_lock, the vCPU's line and requests, by the names the engine uses."""
+
+from libc.stdint cimport uint32_t
+from kvmmmu.engine.atomics cimport fetch_and_u32, fetch_or_u32, ld_acquire_u32
+from kvmmmu.engine.state cimport Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock
+
+cdef extern from "kvmmmu/lock.h" nogil:
+    void kvmmmu_read_lock(kvmmmu_rwlock *lock, kvmmmu_line *line)
+    void kvmmmu_read_unlock(kvmmmu_line *line)
+    void kvmmmu_write_lock(kvmmmu_rwlock *lock, kvmmmu_line **lines, int n)
+    void kvmmmu_write_unlock(kvmmmu_rwlock *lock)
+    void kvmmmu_reading_begin(kvmmmu_line *line)
+    void kvmmmu_reading_end(kvmmmu_line *line)
+    void kvmmmu_drain_readers(kvmmmu_line **lines, int n, const kvmmmu_line *self)
+
+
+cdef inline void mmu_write_lock(Vm *vm) noexcept nogil:
+    kvmmmu_write_lock(vm.mmu_lock, vm.lines, vm.n_vcpus)
+
+cdef inline void mmu_write_unlock(Vm *vm) noexcept nogil:
+    kvmmmu_write_unlock(vm.mmu_lock)
+
+cdef inline void mmu_read_lock(Vcpu *vcpu) noexcept nogil:
+    kvmmmu_read_lock(vcpu.vm.mmu_lock, vcpu.line)
+
+cdef inline void mmu_read_unlock(Vcpu *vcpu) noexcept nogil:
+    kvmmmu_read_unlock(vcpu.line)
+
+
+cdef inline void request(Vcpu *vcpu, uint32_t what) noexcept nogil:
+    fetch_or_u32(&vcpu.requests, what)
+
+cdef inline bint request_take(Vcpu *vcpu, uint32_t what) noexcept nogil:
+    """True, and no longer pending, if ``what`` was asked for."""
+    if not ld_acquire_u32(&vcpu.requests) & what:
+        return False
+    fetch_and_u32(&vcpu.requests, ~what)
+    return True
+
+cdef inline void request_all(Vm *vm, uint32_t what) noexcept nogil:
+    cdef int i
+    for i in range(vm.n_vcpus):
+        request(vm.vcpus[i], what)

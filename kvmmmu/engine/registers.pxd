@@ -1,0 +1,192 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Control registers: what writing one does to the MMU."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.paging cimport CpuRegs, FAULT_NONE, FAULT_PDPTE, paging_pdptr_bad
+from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.atomics cimport ld_u64
+from kvmmmu.engine.guest cimport guest_host
+from kvmmmu.engine.locks cimport request
+from kvmmmu.engine.roles cimport guest_formats, is_pae_paging, is_paging, roles_refresh, tdp_enabled
+from kvmmmu.engine.roots cimport (
+    ROOTS_ALL, ROOT_CURRENT, context_reset, root_switch, roots_free,
+)
+from kvmmmu.engine.state cimport (
+    PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, Vcpu, Vm,
+)
+
+cdef enum:
+    REG_OK = 0
+    REG_GP = 1    # #GP(0): nothing changed
+
+
+cdef inline int pdptrs_load(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
+    """Read the four PDPTEs through the slots; a bad present one refuses the load.
+
+    With shadow paging a change of any of them ends the current root.
+    """
+    cdef uint64_t table = cr3 & bits_between(31, 5)
+    cdef uint64_t loaded[4]
+    cdef uint8_t *host = guest_host(vcpu, table)
+    cdef int i
+    if host == NULL:
+        return REG_GP
+    for i in range(4):
+        loaded[i] = ld_u64(<const uint64_t *>host + i)
+        if paging_pdptr_bad(loaded[i], &vcpu.model):
+            return REG_GP
+    if memcmp(loaded, vcpu.regs.pdptr, sizeof(loaded)) != 0:
+        if not tdp_enabled(vcpu.vm):
+            roots_free(vcpu, ROOT_CURRENT)
+        memcpy(vcpu.regs.pdptr, loaded, sizeof(loaded))
+    return REG_OK
+
+
+cdef inline uint64_t active_pcid(const Vcpu *vcpu) noexcept nogil:
+    return vcpu.regs.cr3 & CR3_PCID_MASK if vcpu.regs.cr4 & CR4_PCIDE else 0
+
+cdef inline void pcid_flush(Vcpu *vcpu, uint64_t pcid) noexcept nogil:
+    """Everything cached for a PCID may be stale: sync the current root, drop previous ones of it."""
+    cdef int i, which = 0
+    if active_pcid(vcpu) == pcid:
+        request(vcpu, REQ_MMU_SYNC | REQ_TLB_FLUSH_CURRENT)
+    if not vcpu.regs.cr4 & CR4_PCIDE:
+        return
+    for i in range(PREV_ROOTS):
+        if vcpu.prev_roots[i].page and vcpu.prev_roots[i].pgd & CR3_PCID_MASK == pcid:
+            which |= 1 << i
+    roots_free(vcpu, which)
+
+
+cdef inline bint cr3_legal(const Vcpu *vcpu, uint64_t cr3) noexcept nogil:
+    """Address bits beyond MAXPHYADDR are reserved in long mode."""
+    if not vcpu.regs.efer & EFER_LMA or vcpu.model.maxphyaddr >= 64:
+        return True
+    return cr3 >> vcpu.model.maxphyaddr == 0
+
+
+cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
+    """MOV to CR3.  REG_GP: refused, nothing changed."""
+    cdef bint keep = False
+    cdef uint64_t pcid = 0
+    if vcpu.regs.cr4 & CR4_PCIDE:
+        keep = (value & CR3_NOFLUSH) != 0
+        value &= ~CR3_NOFLUSH
+        pcid = value & CR3_PCID_MASK
+    if not cr3_legal(vcpu, value):
+        return REG_GP
+    if value != vcpu.regs.cr3 or is_pae_paging(vcpu):
+        if is_pae_paging(vcpu) and pdptrs_load(vcpu, value) != REG_OK:
+            return REG_GP
+        if value != vcpu.regs.cr3:
+            vcpu.regs.cr3 = value
+            if not tdp_enabled(vcpu.vm):
+                root_switch(vcpu, value)
+        guest_formats(vcpu)
+    # Under TDP the processor loads CR3 by itself; KVM has nothing to synchronise.
+    if not keep and not tdp_enabled(vcpu.vm):
+        pcid_flush(vcpu, pcid)
+    return REG_OK
+
+
+cdef inline bint mode_legal(uint64_t cr0, uint64_t cr4, uint64_t efer) noexcept nogil:
+    """Paging needs protection; long mode needs PAE; NW needs CD; PCID needs long mode."""
+    if cr0 & CR0_PG and not cr0 & CR0_PE:
+        return False
+    if cr0 & CR0_NW and not cr0 & CR0_CD:
+        return False
+    if cr0 & CR0_PG and efer & EFER_LME and not cr4 & CR4_PAE:
+        return False
+    return True
+
+
+cdef inline uint64_t efer_with_lma(uint64_t cr0, uint64_t efer) noexcept nogil:
+    if efer & EFER_LME and cr0 & CR0_PG:
+        return efer | EFER_LMA
+    return efer & ~EFER_LMA
+
+
+cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
+    cdef uint64_t old = vcpu.regs.cr0
+    cdef uint64_t changed = old ^ value
+    if value >> 32 or not mode_legal(value, vcpu.regs.cr4, vcpu.regs.efer):
+        return REG_GP
+    if not value & CR0_PG and vcpu.regs.cr4 & CR4_PCIDE:
+        return REG_GP
+    if (value & CR0_PG and not vcpu.regs.efer & EFER_LME and vcpu.regs.cr4 & CR4_PAE
+            and changed & (CR0_PG | CR0_CD | CR0_NW)):
+        if pdptrs_load(vcpu, vcpu.regs.cr3) != REG_OK:
+            return REG_GP
+    vcpu.regs.cr0 = value
+    vcpu.regs.efer = efer_with_lma(value, vcpu.regs.efer)
+    if changed & CR0_PG and not value & CR0_PG:
+        request(vcpu, REQ_TLB_FLUSH_GUEST)
+    if changed & CR0_WP and not changed & CR0_PG and tdp_enabled(vcpu.vm):
+        roles_refresh(vcpu)
+    elif changed & (CR0_PG | CR0_WP):
+        context_reset(vcpu)
+    return REG_OK
+
+
+cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
+    cdef uint64_t old = vcpu.regs.cr4
+    cdef uint64_t changed = old ^ value
+    cdef uint64_t role_bits = CR4_PSE | CR4_PAE | CR4_LA57 | CR4_SMEP | CR4_SMAP | CR4_PKE
+    cdef bint long_mode = (vcpu.regs.efer & EFER_LMA) != 0
+    if long_mode and (not value & CR4_PAE or changed & CR4_LA57):
+        return REG_GP
+    if value & CR4_PCIDE and changed & CR4_PCIDE:
+        if not long_mode or vcpu.regs.cr3 & CR3_PCID_MASK:
+            return REG_GP
+    if (is_paging(vcpu) and not long_mode and value & CR4_PAE
+            and changed & (CR4_PGE | CR4_PSE | CR4_PAE | CR4_SMEP)):
+        if pdptrs_load(vcpu, vcpu.regs.cr3) != REG_OK:
+            return REG_GP
+    vcpu.regs.cr4 = value
+    if changed & role_bits:
+        context_reset(vcpu)
+    elif changed & CR4_PCIDE and value & CR4_PCIDE:
+        roots_free(vcpu, ROOTS_ALL)
+    if changed & CR4_PGE or changed & CR4_PCIDE and not value & CR4_PCIDE:
+        request(vcpu, REQ_TLB_FLUSH_GUEST)
+    elif changed & CR4_PAE or changed & CR4_SMEP and value & CR4_SMEP:
+        request(vcpu, REQ_TLB_FLUSH_CURRENT)
+    return REG_OK
+
+
+cdef inline int write_efer(Vcpu *vcpu, uint64_t value) noexcept nogil:
+    """WRMSR to EFER; LMA is the processor's."""
+    cdef uint64_t old = vcpu.regs.efer
+    if is_paging(vcpu) and (old ^ value) & EFER_LME:
+        return REG_GP
+    vcpu.regs.efer = (value & ~EFER_LMA) | (old & EFER_LMA)
+    if (old ^ value) & (EFER_LME | EFER_NX):
+        context_reset(vcpu)
+    return REG_OK
+
+
+cdef inline int set_sregs(Vcpu *vcpu, const CpuRegs *regs) noexcept nogil:
+    """KVM_SET_SREGS: all at once, PDPTEs reread when the result is PAE paging.
+
+    The context is reset if a control register differs, and always under PAE paging.
+    """
+    cdef CpuRegs old = vcpu.regs
+    cdef bint pae
+    if not mode_legal(regs.cr0, regs.cr4, regs.efer):
+        return REG_GP
+    vcpu.regs.cr0 = regs.cr0
+    vcpu.regs.cr3 = regs.cr3
+    vcpu.regs.cr4 = regs.cr4
+    vcpu.regs.efer = regs.efer
+    vcpu.regs.pkru = regs.pkru
+    pae = is_pae_paging(vcpu)
+    if not cr3_legal(vcpu, regs.cr3) or pae and pdptrs_load(vcpu, regs.cr3) != REG_OK:
+        vcpu.regs = old
+        return REG_GP
+    if pae or old.cr0 != regs.cr0 or old.cr3 != regs.cr3 or old.cr4 != regs.cr4 or old.efer != regs.efer:
+        context_reset(vcpu)
+    elif old.pkru != regs.pkru:
+        roles_refresh(vcpu)
+    return REG_OK

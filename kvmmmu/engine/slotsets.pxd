@@ -1,0 +1,101 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The published tables of slots: building the next one, swapping it in, and the generation that counts swaps."""
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+from kvmmmu.bits.constants cimport *
+from kvmmmu.engine.state cimport ADDRESS_SPACES, Slot, SlotSet, Vm
+from kvmmmu.engine.memmap cimport capacity_step, memmap_upper
+from kvmmmu.engine.atomics cimport st_release_ptr, st_release_u64
+from kvmmmu.engine.drain cimport vm_drain
+
+
+cdef inline SlotSet *slotset_new(int n) noexcept nogil:
+    """One block: the header and its columns."""
+    cdef size_t count = <size_t>capacity_step(n)
+    cdef SlotSet *s = <SlotSet *>malloc(sizeof(SlotSet) + count * (8 + 8 + sizeof(void *) + sizeof(Slot *) + 1))
+    if s == NULL:
+        return NULL
+    s.map.n = n
+    s.map.capacity = <int>count
+    s.map.first = <uint64_t *>(s + 1)
+    s.map.npages = s.map.first + count
+    s.map.host = <uint8_t **>(s.map.npages + count)
+    s.slot = <Slot **>(s.map.host + count)
+    s.map.writable = <uint8_t *>(s.slot + count)
+    s.generation = 0
+    return s
+
+
+cdef inline void slotset_copy_areas(SlotSet *to, int at, const SlotSet *from_, int first, int n) noexcept nogil:
+    cdef size_t count = <size_t>n
+    memcpy(to.map.first + at, from_.map.first + first, count * 8)
+    memcpy(to.map.npages + at, from_.map.npages + first, count * 8)
+    memcpy(to.map.host + at, from_.map.host + first, count * sizeof(void *))
+    memcpy(to.slot + at, from_.slot + first, count * sizeof(Slot *))
+    memcpy(to.map.writable + at, from_.map.writable + first, count)
+
+
+cdef inline void slotset_put(SlotSet *s, int at, Slot *slot) noexcept nogil:
+    cdef bint invalid = (slot.flags & MEMSLOT_INVALID) != 0
+    s.map.first[at] = slot.base_gfn
+    s.map.npages[at] = slot.npages
+    s.map.host[at] = NULL if invalid else slot.hva
+    s.map.writable[at] = not invalid and not slot.flags & MEM_READONLY
+    s.slot[at] = slot
+
+
+cdef inline SlotSet *slotset_replace(const SlotSet *old, const Slot *gone, Slot *come) noexcept nogil:
+    """A table without ``gone`` and with ``come`` (either may be NULL)."""
+    cdef int n = old.map.n - (gone != NULL) + (come != NULL)
+    cdef SlotSet *s = slotset_new(n)
+    cdef int out
+    cdef int in_
+    if s == NULL:
+        return NULL
+    out = memmap_upper(&old.map, gone.base_gfn) - 1 if gone != NULL else old.map.n
+    in_ = memmap_upper(&old.map, come.base_gfn) if come != NULL else old.map.n
+    # Areas keep their order; one leaves at ``out``, one enters before ``in_``.
+    if out < in_:
+        slotset_copy_areas(s, 0, old, 0, out)
+        slotset_copy_areas(s, out, old, out + 1, in_ - out - 1)
+        if come != NULL:
+            slotset_put(s, in_ - 1, come)
+        slotset_copy_areas(s, in_ - 1 + (come != NULL), old, in_, old.map.n - in_)
+    else:
+        slotset_copy_areas(s, 0, old, 0, in_)
+        if come != NULL:
+            slotset_put(s, in_, come)
+        slotset_copy_areas(s, in_ + (come != NULL), old, in_, out - in_)
+        if gone != NULL:
+            slotset_copy_areas(s, out + (come != NULL), old, out + 1, old.map.n - out - 1)
+    return s
+
+
+cdef inline const Slot *slotset_overlap(const SlotSet *s, uint64_t base_gfn, uint64_t npages,
+                                        const Slot *besides) noexcept nogil:
+    """Some slot other than ``besides`` that shares a gfn with the range, or NULL."""
+    cdef int i = memmap_upper(&s.map, base_gfn + npages - 1) - 1
+    while i >= 0 and s.map.first[i] + s.map.npages[i] > base_gfn:
+        if s.slot[i] != besides:
+            return s.slot[i]
+        i -= 1
+    return NULL
+
+
+cdef inline uint64_t slots_swap(Vm *vm, int as_id, SlotSet *next) noexcept nogil:
+    """Publish a table; returns the new generation.  The table it replaces is freed.
+
+    While old and new readers coexist the generation carries bit 63, so that nothing
+    learnt from the old table is taken for knowledge of the new one.
+    """
+    cdef SlotSet *old = vm.slots[as_id]
+    cdef uint64_t generation = old.generation
+    next.generation = generation | GEN_UPDATE_IN_PROGRESS
+    st_release_ptr(&vm.slots[as_id], next)
+    vm_drain(vm)
+    generation += ADDRESS_SPACES
+    st_release_u64(&next.generation, generation)
+    free(old)
+    return generation

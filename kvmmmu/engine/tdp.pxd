@@ -1,0 +1,269 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The TDP MMU: one tree per role shared by all vCPUs, changed by compare-exchange.
+
+Faults hold mmu_lock for read; an entry being torn down is REMOVED and belongs to
+whoever wrote that.  Pages freed here wait for readers, without a flush request.
+"""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
+from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
+from kvmmmu.engine.atomics cimport cmpxchg_u64, xchg_u64
+from kvmmmu.engine.events cimport (
+    ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,
+)
+from kvmmmu.engine.leaf cimport (
+    RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
+)
+from kvmmmu.engine.locks cimport kvmmmu_drain_readers
+from kvmmmu.engine.memslots cimport level_pages
+from kvmmmu.engine.pages cimport (
+    level_index, page_alloc, page_at, page_free, page_sptes, role_as_id, role_level, role_with_level,
+    spte_at, spte_gfn, spte_page,
+)
+from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level, disallow_huge_page
+from kvmmmu.engine.sptes cimport page_stats, spte_read, spte_write
+from kvmmmu.engine.state cimport (
+    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
+)
+from kvmmmu.engine.tlb cimport flush_remote_tlbs
+
+
+# ---- one entry ------------------------------------------------------------------
+
+cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, bint shared,
+                             int32_t *doomed) noexcept nogil:
+    """Account for a change already made; a table that lost its link is torn down."""
+    cdef ShadowPage *sp = page_at(vm, spte_page(index))
+    cdef int level = role_level(sp.role)
+    cdef bint was_leaf = spte_present(old) and spte_is_last(old, level)
+    cdef bint is_leaf = spte_present(new_) and spte_is_last(new_, level)
+    if old == new_:
+        return
+    ev_tdp_spte_changed(vm, -1, spte_gfn(vm, index), old, new_, level, role_as_id(sp.role))
+    if is_leaf != was_leaf:
+        page_stats(vm, level, 1 if is_leaf else -1)
+    if spte_present(old) and not was_leaf and (not spte_present(new_) or spte_pfn(old) != spte_pfn(new_)):
+        tdp_teardown(vm, <int32_t>spte_pfn(old), shared, doomed)
+
+
+cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) noexcept nogil:
+    """Every entry becomes REMOVED, so that nobody installs into a table that goes.
+
+    Shared mode claims empty entries too; alone, only present ones matter.
+    """
+    cdef ShadowPage *sp = page_at(vm, id)
+    cdef uint64_t base = <uint64_t>id << 9
+    cdef uint64_t *sptep
+    cdef uint64_t old
+    cdef int i
+    ev_prepare_zap_page(vm, -1, id)
+    if sp.nx_disallowed:
+        sp.nx_disallowed = 0
+        vm.stats[<int>STAT_NX_LPAGE_SPLITS] -= 1
+    for i in range(ENTRIES):
+        sptep = spte_at(vm, base + <uint64_t>i)
+        if shared:
+            old = xchg_u64(sptep, REMOVED_SPTE)
+        else:
+            old = spte_read(sptep)
+            if not spte_present(old):
+                continue
+            old = xchg_u64(sptep, REMOVED_SPTE)
+        tdp_changed(vm, base + <uint64_t>i, old, REMOVED_SPTE, shared, doomed)
+    sp.on_list = LIST_INVALID
+    sp.list_next = doomed[0]
+    doomed[0] = id
+
+
+cdef inline void tdp_free(Vm *vm, int32_t doomed) noexcept nogil:
+    """After a grace period: no lockless walker can still hold these pages."""
+    cdef int32_t after
+    if doomed == 0:
+        return
+    kvmmmu_drain_readers(vm.lines, vm.n_vcpus, NULL)
+    while doomed:
+        after = page_at(vm, doomed).list_next
+        page_free(vm, doomed)
+        doomed = after
+
+
+cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, int32_t *doomed) noexcept nogil:
+    """Install by compare-exchange.  False: somebody else was first, nothing happened."""
+    if not cmpxchg_u64(spte_at(vm, index), old, new_):
+        return False
+    tdp_changed(vm, index, old, new_, True, doomed)
+    return True
+
+
+cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *doomed) noexcept nogil:
+    """Remove one entry while others fault: REMOVED, flush, then empty for the next owner."""
+    if not tdp_set(vm, index, old, REMOVED_SPTE, doomed):
+        return False
+    flush_remote_tlbs(vm)
+    spte_write(spte_at(vm, index), 0)
+    return True
+
+# ---- faults ---------------------------------------------------------------------
+
+cdef inline int32_t tdp_page_new(Vm *vm, int vcpu_id, uint64_t gfn, uint32_t role) noexcept nogil:
+    cdef int32_t id = page_alloc(vm)
+    if id:
+        page_at(vm, id).gfn = gfn
+        page_at(vm, id).role = role
+        page_at(vm, id).tdp = 1
+        ev_get_page(vm, vcpu_id, id, True)
+    return id
+
+
+cdef inline int tdp_install(Vcpu *vcpu, Fault *f, uint64_t index, uint64_t gfn, int32_t *doomed) noexcept nogil:
+    cdef Vm *vm = vcpu.vm
+    cdef ShadowPage *sp = page_at(vm, spte_page(index))
+    cdef uint64_t old = spte_read(spte_at(vm, index))
+    cdef uint64_t new_ = 0
+    cdef bint refused = False
+    cdef int level = role_level(sp.role), ret = RET_PF_FIXED
+    if f.slot == NULL:
+        new_ = mmio_spte_make(&vm.masks, gfn, ACC_ALL, vcpu_generation(vcpu))
+    else:
+        refused = leaf_make(vm, vcpu.id, sp, f.slot, ACC_ALL, gfn, f.pfn, old, f.prefetch, True, f.map_writable, &new_)
+    if new_ == old:
+        ret = RET_PF_SPURIOUS
+    elif not tdp_set(vm, index, old, new_, doomed):
+        return RET_PF_RETRY
+    elif spte_present(old) and not spte_is_last(old, level):
+        flush_remote_tlbs(vm)
+    if refused and f.write:
+        ret = RET_PF_EMULATE
+    if f.slot == NULL:
+        vcpu.stats[<int>VSTAT_PF_MMIO_SPTE_CREATED] += 1
+        ev_mark_mmio_spte(vm, vcpu.id, index, gfn, new_ & 7, mmio_spte_gen(new_))
+        return RET_PF_EMULATE
+    ev_set_spte(vm, vcpu.id, gfn, new_, index, level)
+    return ret
+
+
+cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
+    """Map a gpa; the caller holds mmu_lock for read."""
+    cdef Vm *vm = vcpu.vm
+    cdef int32_t table = vcpu.root.page
+    cdef int32_t child, doomed = 0
+    cdef int level = role_level(page_at(vm, table).role)
+    cdef int ret
+    cdef uint64_t index, spte
+    adjust_huge_page(vcpu, f)
+    ev_spte_requested(vm, vcpu.id, f.gfn, f.pfn, f.goal_level)
+    while True:
+        index = (<uint64_t>table << 9) + <uint64_t>level_index(f.addr, level)
+        spte = spte_read(spte_at(vm, index))
+        if vm.switches.nx_huge_pages:
+            adjust_nx_level(f, spte, level)
+        if level == f.goal_level:
+            break
+        if spte_present(spte) and spte & PT_PAGE_SIZE_MASK:
+            if not tdp_zap_entry(vm, index, spte, &doomed):
+                return RET_PF_RETRY
+            spte = 0
+        if not spte_present(spte):
+            if spte == REMOVED_SPTE:
+                return RET_PF_RETRY
+            child = tdp_page_new(vm, vcpu.id, f.gfn & ~(level_pages(level) - 1),
+                                 role_with_level(page_at(vm, table).role, level - 1))
+            if child == 0:
+                return ERR_NOSPC
+            if not tdp_set(vm, index, spte, spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled),
+                           &doomed):
+                page_free(vm, child)
+                return RET_PF_RETRY
+            if f.huge_page_disallowed and f.req_level >= level:
+                disallow_huge_page(vm, child)
+        else:
+            child = <int32_t>spte_pfn(spte)
+        table = child
+        level -= 1
+    ret = tdp_install(vcpu, f, index, f.gfn & ~(level_pages(level) - 1), &doomed)
+    tdp_free(vm, doomed)
+    return ret
+
+# ---- roots ----------------------------------------------------------------------
+
+cdef inline int32_t tdp_root_get(Vcpu *vcpu) noexcept nogil:
+    """The valid root of this role, or a new one; one reference for the caller."""
+    cdef Vm *vm = vcpu.vm
+    cdef int32_t id = vm.tdp_roots
+    while id:
+        if page_at(vm, id).role == vcpu.root_role:
+            page_at(vm, id).root_count += 1
+            return id
+        id = page_at(vm, id).list_next
+    id = tdp_page_new(vm, vcpu.id, 0, vcpu.root_role)
+    if id:
+        # One reference is the MMU's own, until the root is invalidated.
+        page_at(vm, id).root_count = 2
+        page_at(vm, id).list_next = vm.tdp_roots
+        vm.tdp_roots = id
+    return id
+
+cdef inline void tdp_root_put(Vm *vm, int32_t id) noexcept nogil:
+    cdef ShadowPage *sp = page_at(vm, id)
+    cdef int32_t *link
+    sp.root_count -= 1
+    if sp.root_count:
+        return
+    link = &vm.tdp_roots
+    while link[0] != id:
+        link = &page_at(vm, link[0]).list_next
+    link[0] = sp.list_next
+    sp.list_next = 0
+    tdp_free(vm, id)
+
+cdef inline void tdp_invalidate_roots(Vm *vm) noexcept nogil:
+    """Under mmu_lock for write: no new fault starts in these trees."""
+    cdef int32_t id = vm.tdp_roots
+    while id:
+        page_at(vm, id).role |= ROLE_INVALID
+        id = page_at(vm, id).list_next
+
+cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared, int32_t *doomed) noexcept nogil:
+    """Empty the entries of one level, in gfn order."""
+    cdef uint64_t base = <uint64_t>table << 9
+    cdef int level = role_level(page_at(vm, table).role)
+    cdef int i
+    cdef uint64_t old
+    for i in range(ENTRIES):
+        old = spte_read(spte_at(vm, base + <uint64_t>i))
+        if not spte_present(old):
+            continue
+        if level > zap_level:
+            if not spte_is_last(old, level):
+                tdp_zap_level(vm, <int32_t>spte_pfn(old), zap_level, shared, doomed)
+            continue
+        old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
+        tdp_changed(vm, base + <uint64_t>i, old, 0, shared, doomed)
+
+cdef inline void tdp_zap_root(Vm *vm, int32_t root, bint shared) noexcept nogil:
+    """Two passes: below the 1 GiB entries first, so that no step takes too long."""
+    cdef int32_t doomed = 0
+    tdp_zap_level(vm, root, LEVEL_1G, shared, &doomed)
+    tdp_zap_level(vm, root, role_level(page_at(vm, root).role), shared, &doomed)
+    tdp_free(vm, doomed)
+
+cdef inline void tdp_zap_invalid_roots(Vm *vm) noexcept nogil:
+    """Empty what ``tdp_invalidate_roots`` marked and give up the MMU's reference."""
+    cdef int32_t id = vm.tdp_roots
+    cdef int32_t after
+    while id:
+        after = page_at(vm, id).list_next
+        if page_at(vm, id).role & ROLE_INVALID and page_at(vm, id).on_list != LIST_INVALID:
+            page_at(vm, id).on_list = LIST_INVALID
+            tdp_zap_root(vm, id, True)
+            tdp_root_put(vm, id)
+        id = after
+
+cdef inline void tdp_zap_everything(Vm *vm) noexcept nogil:
+    """The VM goes: nobody else is here."""
+    cdef int32_t id = vm.tdp_roots
+    while id:
+        tdp_zap_root(vm, id, False)
+        id = page_at(vm, id).list_next

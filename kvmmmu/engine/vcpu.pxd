@@ -1,0 +1,178 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""One vCPU at work: the processor tries, KVM repairs, until the access ends somewhere."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.paging cimport (
+    FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_NONE,
+)
+from kvmmmu.engine.emulate cimport emulate_access, inject_guest_fault
+from kvmmmu.engine.events cimport ev_page_fault
+from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
+from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
+from kvmmmu.engine.leaf cimport RET_PF_EMULATE
+from kvmmmu.engine.lookup cimport slot_mark_dirty
+from kvmmmu.engine.pages cimport spte_gfn
+from kvmmmu.engine.roles cimport tdp_enabled
+from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
+from kvmmmu.engine.state cimport (
+    Access, MMU_EPT, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF,
+    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Vcpu, Vm,
+)
+from kvmmmu.engine.walk cimport walk_memory, walk_nested
+
+cdef enum:
+    MAX_EXITS = 64   # of one access; real progress needs far fewer
+
+
+cdef inline uint64_t ept_error_code(uint64_t qualification) noexcept nogil:
+    """An EPT violation as a page-fault code."""
+    cdef uint64_t code = 0
+    if qualification & EPT_VIOLATION_ACC_READ:
+        code |= PFERR_USER
+    if qualification & EPT_VIOLATION_ACC_WRITE:
+        code |= PFERR_WRITE
+    if qualification & EPT_VIOLATION_ACC_INSTR:
+        code |= PFERR_FETCH
+    if qualification & EPT_VIOLATION_PROT_MASK:
+        code |= PFERR_PRESENT
+    if qualification & EPT_VIOLATION_GVA_VALID:
+        code |= PFERR_GUEST_FINAL if qualification & EPT_VIOLATION_GVA_TRANSLATED else PFERR_GUEST_PAGE
+    return code
+
+
+cdef inline uint64_t shadow_gpa(Vcpu *vcpu) noexcept nogil:
+    """The guest address behind the shadow leaf just used: its page says which gfn it stands for."""
+    cdef uint64_t index = vcpu.nested.entry_gpas[vcpu.nested.level] >> 3
+    cdef uint64_t offset = vcpu.nested.va & ((ONE << vcpu.nested.page_shift) - 1)
+    return (spte_gfn(vcpu.vm, index) << 12) + offset
+
+
+cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
+    """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks."""
+    cdef const MemMap *mem = vm_hostmem(vcpu.vm)
+    cdef int fault
+    if vcpu.vm.mmu == MMU_SHADOW:
+        fault = walk_memory(&vcpu.hw, mem, &vcpu.mem_hint, &vcpu.nested, gva, access, vcpu.ac, True)
+        if fault == FAULT_NONE:
+            hpa[0] = vcpu.nested.gpa
+            gpa[0] = shadow_gpa(vcpu)
+        return fault
+    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva, access, vcpu.ac,
+                        True)
+    if fault == FAULT_NONE:
+        hpa[0] = vcpu.nested.gpa
+        gpa[0] = vcpu.walk.gpa
+    return fault
+
+
+cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known_gpa) noexcept nogil:
+    """KVM's handler for what the processor reported; the result of ``page_fault``."""
+    cdef uint64_t address = gva, code = vcpu.nested.error_code
+    known_gpa[0] = ALL_ONES
+    if fault != FAULT_PF:
+        address = vcpu.nested.va
+        known_gpa[0] = address
+        if fault == FAULT_EPT_VIOLATION:
+            code = ept_error_code(code)
+        elif fault == FAULT_EPT_MISCONFIG:
+            code = PFERR_RSVD
+    ev_page_fault(vcpu.vm, vcpu.id, 0, address, vcpu.nested.error_code)
+    return page_fault(vcpu, address, code)
+
+
+cdef inline void access_move(Vcpu *vcpu, uint64_t hpa, uint64_t access, int size, uint8_t *data) noexcept nogil:
+    """Move the bytes of one piece between the host frame and the caller."""
+    cdef uint8_t *host
+    if data == NULL:
+        return
+    host = pfn_to_host(vcpu.vm, hpa >> 12, &vcpu.mem_hint)
+    if host == NULL:
+        return
+    host += hpa & 4095
+    if access & PFERR_WRITE:
+        memcpy(host, data, size)
+    else:
+        memcpy(data, host, size)
+
+
+cdef inline void access_begin(Access *out) noexcept nogil:
+    out.outcome = OUTCOME_OK
+    out.path = PATH_HARDWARE
+    out.n_mmio = 0
+    out.exits = 0
+    out.error_code = 0
+    out.fault_gva = 0
+    out.gpa = ALL_ONES
+
+
+cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
+                             Access *out) noexcept nogil:
+    """One load, store or fetch of ``size`` bytes (at most a page) with everything it causes.
+
+    ``access`` holds PFERR_WRITE, PFERR_FETCH, PFERR_IMPLICIT; PFERR_USER comes from the CPL.
+    ``data`` may be NULL: then nothing is moved, but every check and exit happens.
+    """
+    cdef int fault, result, first
+    cdef uint64_t gpa = 0, hpa = 0, hpa2 = 0, gpa2 = 0, known_gpa = ALL_ONES, here
+    access_begin(out)
+    if vcpu.cpl == 3 and not access & PFERR_IMPLICIT:
+        access |= PFERR_USER
+    first = 4096 - <int>(gva & 4095)
+    if first > size:
+        first = size
+    while True:
+        result = vcpu_enter(vcpu)
+        if result != ENTER_OK:
+            out.outcome = OUTCOME_SHUTDOWN if result == ENTER_SHUTDOWN else OUTCOME_ERROR
+            out.error_code = 0 if result == ENTER_SHUTDOWN else <uint64_t>(-result)
+            return
+        here = gva
+        fault = hardware_access(vcpu, here, access, &gpa, &hpa)
+        if fault == FAULT_NONE and first < size:
+            here = gva + <uint64_t>first
+            fault = hardware_access(vcpu, here, access, &gpa2, &hpa2)
+        if fault == FAULT_NONE:
+            access_move(vcpu, hpa, access, first, data)
+            if first < size:
+                access_move(vcpu, hpa2, access, size - first, NULL if data == NULL else data + first)
+            out.gpa = gpa
+            return
+        if fault == FAULT_GP or fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
+            # The guest's own business: no exit.
+            out.outcome = OUTCOME_GP if fault == FAULT_GP else OUTCOME_PF
+            out.error_code = 0 if fault == FAULT_GP else vcpu.walk.error_code
+            out.fault_gva = here
+            return
+        out.exits += 1
+        out.path = PATH_FAULT
+        result = handle_exit(vcpu, fault, here, &known_gpa)
+        if result == FAULT_INJECT:
+            inject_guest_fault(vcpu, here, out)
+            return
+        if result == RET_PF_EMULATE:
+            out.path = PATH_EMULATED
+            emulate_access(vcpu, gva, access, size, data, known_gpa if here == gva else ALL_ONES, out)
+            return
+        if result < 0:
+            out.outcome = OUTCOME_ERROR
+            out.error_code = <uint64_t>(-result)
+            return
+        if out.exits == MAX_EXITS:
+            out.outcome = OUTCOME_HANG
+            return
+
+
+cdef inline void access_many(Vcpu *vcpu, const uint64_t *gvas, const uint8_t *kinds, int64_t n, int size,
+                             Access *out) noexcept nogil:
+    """Accesses one after the other, the same answers as single calls; ``kinds``: 0 read, 1 write, 2 fetch."""
+    cdef int64_t i
+    cdef uint64_t access
+    for i in range(n):
+        access = 0
+        if kinds[i] == 1:
+            access = PFERR_WRITE
+        elif kinds[i] == 2:
+            access = PFERR_FETCH
+        vcpu_access(vcpu, gvas[i], access, size, NULL, &out[i])

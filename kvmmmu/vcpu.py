@@ -1,0 +1,377 @@
+"""A virtual processor of a VM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu._arguments import column_u64, index_in, index_u64
+from kvmmmu._core import AccessResult, VcpuCore
+from kvmmmu.cpu import GuestCpu
+from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
+from kvmmmu.explain import explain_walk
+from kvmmmu.outcome import Outcome
+from kvmmmu.records import ACCESS
+from kvmmmu.stats import VCpuStats
+from kvmmmu.walks import walk_result
+
+if TYPE_CHECKING:
+    from kvmmmu.vm import VM
+
+__all__ = ["Registers", "ReplayTotals", "VCpu"]
+
+_KIND_CODES = {"r": 0, "w": 1, "x": 2}
+_DIFFERENCES = (
+    "nothing",
+    "outcome",
+    "guest-physical address",
+    "#PF error code",
+    "fault address",
+    "register load",
+    "event kind",
+)
+_PIECE = 64
+
+
+@dataclass(frozen=True)
+class Registers:
+    """The registers that the MMU depends on."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    pkru: int
+    cpl: int
+    ac: bool
+    compat: bool
+    pdptes: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ReplayTotals:
+    """What a stretch of a recorded run showed.
+
+    Attributes
+    ----------
+    events, disagreements : int
+    mmio, mmio_cache, mmio_spte, mmio_slow : int
+        MMIO accesses, and how they were served: from the vCPU's record of the last page, from an
+        mmio spte, by a memslot search.
+    page_faults : int
+        Guest page faults reproduced.
+    exits : int
+        VM exits of all accesses.
+    first : tuple or None
+        The first disagreement: record number, what differs, expected, got, explanation of the walk.
+    """
+
+    events: int
+    disagreements: int
+    mmio: int
+    mmio_cache: int
+    mmio_spte: int
+    mmio_slow: int
+    page_faults: int
+    exits: int
+    first: tuple[int, str, str, str, str] | None
+
+
+class VCpu(VcpuCore):
+    """A vCPU; made by ``VM.create_vcpu``.
+
+    A vCPU is one thread's at a time; a second one gets ``VCpuBusyError``.
+
+    Attributes
+    ----------
+    vm : VM
+    cpu : GuestCpu
+    stats : VCpuStats
+        Counters of this vCPU.
+    """
+
+    def __init__(self, core: object, model: object, vm: VM, cpu: GuestCpu) -> None:
+        self.vm = vm
+        self.cpu = cpu
+        self.stats = VCpuStats(self)
+
+    # -- registers
+
+    @property
+    def regs(self) -> Registers:
+        """The registers as they are now."""
+        return Registers(*self.registers())
+
+    @property
+    def cpl(self) -> int:
+        """Current privilege level, 0 to 3."""
+        return self.regs.cpl
+
+    @cpl.setter
+    def cpl(self, value: SupportsIndex) -> None:
+        self.set_mode(index_in("cpl", value, 0, 3), self.regs.ac)
+
+    @property
+    def ac(self) -> bool:
+        """EFLAGS.AC: with SMAP, explicit supervisor data accesses to user pages are allowed."""
+        return self.regs.ac
+
+    @ac.setter
+    def ac(self, value: bool) -> None:
+        self.set_mode(self.regs.cpl, bool(value))
+
+    def set_sregs(
+        self,
+        *,
+        cr0: int | None = None,
+        cr3: int | None = None,
+        cr4: int | None = None,
+        efer: int | None = None,
+        pkru: int | None = None,
+        compat: bool | None = None,
+    ) -> None:
+        """Set system registers at once, as KVM_SET_SREGS does; those not given stay.
+
+        Parameters
+        ----------
+        cr0, cr3, cr4, efer, pkru : int, optional
+        compat : bool, optional
+            CS.L = 0: in long mode linear addresses are 32 bits wide.
+
+        Raises
+        ------
+        GuestFaultError
+            The values do not go together, or a PDPTE is bad; nothing changed.
+        ArgumentError
+            A control bit of a feature the guest CPU lacks.
+        OverflowError
+            A value is negative or wider than its register.
+        """
+        now = self.regs
+        values = {
+            "cr0": now.cr0 if cr0 is None else index_u64("cr0", cr0),
+            "cr3": now.cr3 if cr3 is None else index_u64("cr3", cr3),
+            "cr4": now.cr4 if cr4 is None else index_u64("cr4", cr4),
+            "efer": now.efer if efer is None else index_u64("efer", efer),
+            "pkru": now.pkru if pkru is None else index_u64("pkru", pkru),
+        }
+        self.cpu.check_registers(values["cr4"], values["efer"])
+        width = now.compat if compat is None else bool(compat)
+        if not self.load_sregs(compat=width, **values):
+            text = ", ".join(f"{name}={value:#x}" for name, value in values.items())
+            raise GuestFaultError(f"#GP: {text} do not go together (or a PDPTE has reserved bits); nothing changed")
+
+    def _load(self, n: int, name: str, value: int) -> None:
+        if not self.load_register(n, value):
+            raise GuestFaultError(f"#GP: {name} = {value:#x} is refused in this mode; nothing changed")
+
+    def load_cr3(self, value: int) -> None:
+        """MOV to CR3.
+
+        Parameters
+        ----------
+        value : int
+            With CR4.PCIDE, bits 11:0 are the PCID and bit 63 keeps what is cached for it.
+
+        Raises
+        ------
+        GuestFaultError
+            #GP: address bits beyond MAXPHYADDR, or a bad PDPTE; nothing changed.
+        """
+        self._load(3, "cr3", value)
+
+    def mov_cr0(self, value: int) -> None:
+        """MOV to CR0; raises GuestFaultError for an illegal combination."""
+        self._load(0, "cr0", value)
+
+    def mov_cr4(self, value: int) -> None:
+        """MOV to CR4; raises GuestFaultError for an illegal combination, ArgumentError for a missing feature."""
+        self.cpu.check_registers(index_u64("cr4", value), self.regs.efer)
+        self._load(4, "cr4", value)
+
+    def write_efer(self, value: int) -> None:
+        """WRMSR to EFER; raises GuestFaultError when LME changes under paging, ArgumentError for a missing feature."""
+        self.cpu.check_registers(self.regs.cr4, index_u64("efer", value))
+        self._load(8, "efer", value)
+
+    # -- accesses with data
+
+    def _cpl(self, cpl: SupportsIndex | None) -> int:
+        return self.regs.cpl if cpl is None else index_in("cpl", cpl, 0, 3)
+
+    def _check(self, result: AccessResult, gva: int, verb: str) -> None:
+        if result.outcome in (Outcome.OK, Outcome.MMIO):
+            return
+        raise GuestFaultError(f"{verb} at gva {gva:#x}: {result!r}", result)
+
+    def _device_gap(self, result: AccessResult, gva: int, verb: str) -> MmioUnhandledError:
+        where = ", ".join(f"gpa {gpa:#x} ({size} bytes)" for gpa, size in result.mmio)
+        text = f"{verb} at gva {gva:#x} is MMIO at {where} and no device is registered there"
+        return MmioUnhandledError(text, result)
+
+    def read(self, gva: SupportsIndex, size: SupportsIndex, *, cpl: SupportsIndex | None = None) -> bytes:
+        """Read guest memory or devices through the MMU.
+
+        Parameters
+        ----------
+        gva : int
+        size : int
+            Bytes; more than 64 become several accesses.
+        cpl : int, optional
+            The vCPU's own by default.
+
+        Returns
+        -------
+        bytes
+
+        Raises
+        ------
+        GuestFaultError
+            The guest would fault; ``result`` says how.
+        MmioUnhandledError
+            Part of it is MMIO that no registered device takes; ``result.mmio`` says where.
+        """
+        at, left, level = index_u64("gva", gva), index_u64("size", size), self._cpl(cpl)
+        data = bytearray()
+        while left:
+            now = min(left, _PIECE)
+            result, part = self.move(at, now, None, level, False)
+            self._check(result, at, "read")
+            piece = bytearray(part)
+            for (gpa, length), offset in zip(result.mmio, self.mmio_offsets(result), strict=True):
+                answer = self.vm.mmio.read(gpa, length)
+                if answer is None:
+                    raise self._device_gap(result, at, "read")
+                piece[offset : offset + length] = answer
+            data += piece
+            at, left = at + now, left - now
+        return bytes(data)
+
+    def write(
+        self, gva: SupportsIndex, data: bytes | bytearray | memoryview, *, cpl: SupportsIndex | None = None
+    ) -> None:
+        """Write guest memory or devices through the MMU; see ``read`` for parameters and errors.
+
+        Accesses before a faulting one have taken place, as with a real string of stores.
+        """
+        at, level = index_u64("gva", gva), self._cpl(cpl)
+        rest = bytes(data)
+        while rest:
+            part, rest = rest[:_PIECE], rest[_PIECE:]
+            result, _ = self.move(at, len(part), part, level, True)
+            self._check(result, at, "write")
+            for (gpa, length), offset in zip(result.mmio, self.mmio_offsets(result), strict=True):
+                if not self.vm.mmio.write(gpa, part[offset : offset + length]):
+                    raise self._device_gap(result, at, "write")
+            at += len(part)
+
+    def access_many(
+        self, gvas: npt.ArrayLike, kinds: str | npt.ArrayLike = "r", *, cpl: SupportsIndex | None = None, size: int = 1
+    ) -> npt.NDArray[np.void]:
+        """Make a column of accesses, in order; the same answers as ``access`` bit for bit.
+
+        Parameters
+        ----------
+        gvas : array of uint64, shape (n,)
+        kinds : {"r", "w", "x"} or array of uint8, shape (n,)
+            One kind for all, or a code each: 0 read, 1 write, 2 fetch.
+        cpl : int, optional
+            The vCPU's own by default.
+        size : int
+            Bytes of every access, 1 to 64.
+
+        Returns
+        -------
+        structured array, shape (n,)
+            Fields of ``kvmmmu.records.ACCESS``: gpa (all ones where there is none), error_code, fault_gva, mmio_gpa,
+            mmio_size, mmio_offset, n_mmio, outcome, path, exits.
+
+        Notes
+        -----
+        Nothing is moved; the GIL is released.
+        """
+        addresses = np.ascontiguousarray(column_u64("gvas", gvas))
+        if isinstance(kinds, str):
+            if kinds not in _KIND_CODES:
+                raise ArgumentError(f"kinds is {kinds!r}; allowed are 'r', 'w', 'x' or an array of codes 0, 1, 2")
+            codes = np.full(addresses.shape, _KIND_CODES[kinds], np.uint8)
+        else:
+            given = np.asarray(kinds)
+            if given.dtype.kind not in "iu" or given.shape != addresses.shape:
+                raise ArgumentError(
+                    f"kinds has dtype {given.dtype} and shape {given.shape}; wanted are integers of shape "
+                    f"{addresses.shape}"
+                )
+            if given.size and (int(given.min()) < 0 or int(given.max()) > 2):
+                raise ArgumentError(f"kinds has values {given.min()} .. {given.max()}; allowed are 0, 1 and 2")
+            codes = np.ascontiguousarray(given, np.uint8)
+        out = np.empty(addresses.shape, ACCESS)
+        self.access_into(addresses, codes, out, self._cpl(cpl), index_in("size", size, 1, 64))
+        return out
+
+    def explain(self, gva: SupportsIndex, kind: str = "r", *, cpl: SupportsIndex | None = None) -> str:
+        """Say in words how an address translates now: the guest's tables, then those KVM built.
+
+        Nothing changes: no fault is taken, no accessed or dirty bit set.
+
+        Parameters
+        ----------
+        gva : int
+        kind : {"r", "w", "x"}
+        cpl : int, optional
+            The vCPU's own by default.
+        """
+        guest, built = self.walk_records(gva, kind, self._cpl(cpl))
+        text = "guest tables: " + explain_walk(walk_result(guest))
+        if built is None:
+            return text + "\nno root is loaded: KVM has built no tables for this vCPU yet"
+        title = "shadow page tables" if self.vm.mmu == "shadow" else self.vm.mmu.upper() + " tables"
+        return f"{text}\n{title}: {explain_walk(walk_result(built))}"
+
+    # -- recorded runs
+
+    def replay(
+        self,
+        columns: Any,
+        *,
+        start: int = 0,
+        values: bool = False,
+        stop_after: int = 0,
+    ) -> ReplayTotals:
+        """Run a stretch of a recorded trace and compare every event with its record.
+
+        Parameters
+        ----------
+        columns : object
+            With attributes ``a``, ``b``, ``c`` (uint64) and ``kind``, ``size``, ``flags``, ``cpl`` (uint8), one
+            element a record: a ``kvmmmu.traces.Chunk``.
+        start : int
+            Number of the first record, for messages.
+        values : bool
+            Records of ordinary stores carry their values (raw traces), so that memory follows.
+        stop_after : int
+            End after this many disagreements; 0 goes on.
+
+        Returns
+        -------
+        ReplayTotals
+        """
+        c = columns
+        t = self.replay_into(c.a, c.b, c.c, c.kind, c.size, c.flags, c.cpl, values, stop_after)
+        first = None
+        if t["what"]:
+            first = self._difference(t, start, int(c.flags[t["index"]]), int(c.kind[t["index"]]))
+        names = ("events", "disagreements", "mmio", "mmio_cache", "mmio_spte", "mmio_slow", "page_faults", "exits")
+        return ReplayTotals(**{name: t[name] for name in names}, first=first)
+
+    def _difference(self, t: dict[str, Any], start: int, flags: int, kind: int) -> tuple[int, str, str, str, str]:
+        what = _DIFFERENCES[t["what"]]
+        if what == "outcome":
+            expected, got = Outcome(t["expected"]).name, repr(t["access"])
+        else:
+            expected, got = hex(t["expected"]), hex(t["got"])
+        access = "x" if kind == 1 else "w" if flags & 1 else "r"
+        return start + t["index"], f"{what} of gva {t['gva']:#x}", expected, got, self.explain(t["gva"], access)
