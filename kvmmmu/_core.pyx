@@ -293,7 +293,7 @@ cdef class PagingCore:
     cdef Paging paging
     cdef Paging host
     cdef MemMap map
-    cdef int hint
+    cdef int hint[2]  # a dimension each
     cdef bint ready
     cdef list columns
 
@@ -347,11 +347,11 @@ cdef class PagingCore:
                         raise_pdpte(i, regs.pdptr[i])
                     self.paging.pdptr[i] = regs.pdptr[i]
             elif second:
-                if load_pdptrs_nested(&self.host, &self.map, &self.hint, &hw, regs.cr3, &cpu, self.paging.pdptr,
+                if load_pdptrs_nested(&self.host, &self.map, self.hint, &hw, regs.cr3, &cpu, self.paging.pdptr,
                                       False):
                     raise ArgumentError(f"the PDPTEs at cr3 = {regs.cr3:#x} cannot be loaded through the EPT tables")
             else:
-                bad = load_pdptrs(&self.map, &self.hint, regs.cr3, &cpu, self.paging.pdptr)
+                bad = load_pdptrs(&self.map, self.hint, regs.cr3, &cpu, self.paging.pdptr)
                 if bad >= 0:
                     raise_pdpte(bad, None)
         self.ready = True
@@ -422,7 +422,7 @@ cdef class PagingCore:
         """
         cdef Walk w, hw
         cdef uint64_t bits = access_arg(access, cpl, implicit)
-        if walk_any(&self.paging, &self.host, &self.map, &self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad):
+        if walk_any(&self.paging, &self.host, &self.map, self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad):
             return -1
         return w.gpa if self.host.format == FMT_NONE else hw.gpa
 
@@ -455,7 +455,7 @@ cdef class PagingCore:
         cdef Walk w, hw
         cdef uint64_t bits = access_arg(access, cpl, implicit)
         memset(&hw, 0, sizeof(hw))
-        walk_any(&self.paging, &self.host, &self.map, &self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad)
+        walk_any(&self.paging, &self.host, &self.map, self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad)
         guest = walk_dict(&self.paging, &w)
         return guest, (walk_dict(&self.host, &hw) if hw.top else None)
 

@@ -68,7 +68,7 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
     cdef CpuModel model
     cdef Paging guest, host
     cdef Walk gw, hw
-    cdef int hint = 0
+    cdef int hint = 0, guest_hint = 0
     cdef int fault = FAULT_NONE
     cdef uint64_t access = case_access(c)
     cdef uint64_t second
@@ -120,7 +120,7 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
         if fault != FAULT_NONE:
             case_answer(a, fault, &hw, &hw, hw.va)
             return
-    fault = walk_nested(&guest, &host, m, &hint, &gw, &hw, c.gva, access, c.ac, True)
+    fault = walk_nested(&guest, &host, m, &hint, &guest_hint, &gw, &hw, c.gva, access, c.ac, True)
     case_answer(a, fault, &gw, &hw, hw.va)
 
 

@@ -109,11 +109,7 @@ cdef inline int guest_walk_format(int fmt, Vcpu *vcpu, const Paging *p, Walk *w,
 
 
 cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) noexcept nogil:
-    """Translate for KVM.  False: ``w`` holds the #PF to inject.
-
-    After a read of a clean page W is withheld from ``pte_access``, so that the first
-    write faults and sets D.
-    """
+    """Translate for KVM.  False: ``w`` holds the #PF to inject."""
     cdef const Paging *p = &vcpu.guest
     cdef bint ok
     vcpu.stats[<int>VSTAT_GUEST_WALK] += 1
@@ -129,8 +125,6 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
     if not ok:
         ev_walker_error(vcpu.vm, vcpu.id, w.error_code)
         return False
-    if p.format != FMT_NONE and not access & PFERR_WRITE and not w.entries[w.level] & PT_DIRTY_MASK:
-        w.pte_access &= ~<uint32_t>ACC_W
     return True
 
 

@@ -242,8 +242,10 @@ cdef inline void invlpg_root(Vcpu *vcpu, int32_t root, uint64_t gva) noexcept no
     mmu_write_unlock(vcpu.vm)
 
 cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
-    """INVLPG as KVM intercepts it: current root, then each previous one."""
+    """INVLPG as KVM intercepts it: current root, then each previous one.  Under TDP it does not exit."""
     cdef int i
+    if tdp_enabled(vcpu.vm):
+        return
     vcpu.stats[<int>VSTAT_INVLPG] += 1
     if vcpu.root_role & ROLE_DIRECT:
         mmio_cache_clear_gva(vcpu, gva)

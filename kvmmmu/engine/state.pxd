@@ -349,7 +349,8 @@ cdef struct Vcpu:
     uint8_t smm           # address space 1
     uint32_t requests     # REQ_*, set by any thread
     int slot_hint         # last slot found, checked before use
-    int mem_hint          # last host area the hardware walk read
+    int mem_hint          # last host area of guest memory the processor read
+    int table_hint        # the same for the tables KVM built
     Paging guest          # the guest's tables as KVM's walker sees them
     Paging guest_hw       # the same as the processor does (TDP)
     Paging hw             # the tables the processor walks: shadow, EPT or NPT

@@ -27,7 +27,7 @@ cdef inline int walk_any(const Paging *p, const Paging *host, const MemMap *m, i
     """One dimension, or two when ``host`` has a format."""
     if host.format == FMT_NONE:
         return walk_memory(p, m, hint, w, gva, access, ac, set_ad)
-    return walk_nested(p, host, m, hint, w, hw, gva, access, ac, set_ad)
+    return walk_nested(p, host, m, hint, hint + 1, w, hw, gva, access, ac, set_ad)
 
 
 cdef inline void translate_one(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
@@ -58,10 +58,10 @@ cdef inline void translate_one(const Paging *p, const Paging *host, const MemMap
 
 cdef inline void translate_many(const Paging *p, const Paging *host, const MemMap *m, const uint64_t *gvas, int64_t n,
                                 uint64_t access, bint ac, bint set_ad, Translation *out) noexcept nogil:
-    cdef int hint = 0
+    cdef int[2] hint = [0, 0]
     cdef int64_t i
     for i in range(n):
-        translate_one(p, host, m, &hint, gvas[i], access, ac, set_ad, &out[i])
+        translate_one(p, host, m, hint, gvas[i], access, ac, set_ad, &out[i])
 
 
 cdef inline void mappings_tables(Paging *tables, const Paging *p) noexcept nogil:
@@ -89,12 +89,12 @@ cdef inline int64_t mappings_next(const Paging *tables, const MemMap *m, uint64_
 
     The level where a walk ends tells how far a hole reaches: holes cost one walk per entry.
     """
-    cdef int hint = 0
+    cdef int[2] hint = [0, 0]
     cdef int64_t found = 0
     cdef Walk w
     while not done[0] and walks > 0 and found < n:
         walks -= 1
-        if walk_memory(tables, m, &hint, &w, gva[0], 0, False, False) == FAULT_NONE:
+        if walk_memory(tables, m, hint, &w, gva[0], 0, False, False) == FAULT_NONE:
             out[found].gva = w.va & ~bits_between(w.page_shift - 1, 0)
             out[found].gpa = w.gpa & ~bits_between(w.page_shift - 1, 0)
             out[found].error_code = 0

@@ -54,12 +54,12 @@ cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint6
     cdef const MemMap *mem = vm_hostmem(vcpu.vm)
     cdef int fault
     if vcpu.vm.mmu == MMU_SHADOW:
-        fault = walk_memory(&vcpu.hw, mem, &vcpu.mem_hint, &vcpu.nested, gva, access, vcpu.ac, True)
+        fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
         if fault == FAULT_NONE:
             hpa[0] = vcpu.nested.gpa
             gpa[0] = shadow_gpa(vcpu)
         return fault
-    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva, access, vcpu.ac,
+    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva, access, vcpu.ac,
                         True)
     if fault == FAULT_NONE:
         hpa[0] = vcpu.nested.gpa

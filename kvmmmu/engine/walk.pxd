@@ -113,7 +113,7 @@ cdef inline uint64_t walk_second_access(const Paging *host, uint64_t access) noe
     return access if access else PFERR_USER
 
 
-cdef inline int walk_nested_loop(int fmt, const Paging *guest, const Paging *host, const MemMap *m, int *hint,
+cdef inline int walk_nested_loop(int fmt, const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint,
                                  Walk *gw, Walk *hw, uint64_t *hpas, uint64_t gva, uint64_t access, bint ac,
                                  bint set_ad) noexcept nogil:
     cdef int r = walk_begin(guest, gw, gva, access, ac)
@@ -124,11 +124,11 @@ cdef inline int walk_nested_loop(int fmt, const Paging *guest, const Paging *hos
             gw.error_code = hw.error_code
             return WALK_FAULT
         hpas[gw.level] = hw.gpa
-        r = walk_step(fmt, guest, gw, walk_fetch(fmt, m, hw.gpa, hint))
+        r = walk_step(fmt, guest, gw, walk_fetch(fmt, m, hw.gpa, guest_hint))
     return r
 
 
-cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, const MemMap *m, int *hint, Walk *gw,
+cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint, Walk *gw,
                                    Walk *hw, const uint64_t *hpas) noexcept nogil:
     """Guest A/D bits after everything else was granted: WALK_LEAF, WALK_FAULT, or WALK_NEXT to walk again."""
     cdef Walk second
@@ -145,28 +145,29 @@ cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, cons
                     gw.fault = second.fault
                     gw.error_code = second.error_code
                     return WALK_FAULT
-            if not walk_update(guest.format, m, hpas[level], hint, gw.entries[level], missing):
+            if not walk_update(guest.format, m, hpas[level], guest_hint, gw.entries[level], missing):
                 return WALK_NEXT
         level -= 1
     return WALK_LEAF
 
 
-cdef inline int walk_nested(const Paging *guest, const Paging *host, const MemMap *m, int *hint, Walk *gw, Walk *hw,
+cdef inline int walk_nested(const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint, Walk *gw, Walk *hw,
                             uint64_t gva, uint64_t access, bint ac, bint set_ad) noexcept nogil:
     """Walk guest tables whose addresses the ``host`` tables translate; ``m`` is host memory.
 
     Success: gw.gpa is guest-physical, hw.gpa is where it stands.  A fault of the second
-    dimension stands in both walks; hw.va is then the guest-physical address that faulted.
+    dimension stands in both walks; hw.va is then the guest-physical address that faulted.  The two
+    dimensions keep a hint each: their tables stand in different areas.
     """
     cdef uint64_t hpas[6]
     cdef int r
     while True:
         if guest.format == FMT_64:
-            r = walk_nested_loop(FMT_64, guest, host, m, hint, gw, hw, hpas, gva, access, ac, set_ad)
+            r = walk_nested_loop(FMT_64, guest, host, m, hint, guest_hint, gw, hw, hpas, gva, access, ac, set_ad)
         elif guest.format == FMT_PAE:
-            r = walk_nested_loop(FMT_PAE, guest, host, m, hint, gw, hw, hpas, gva, access, ac, set_ad)
+            r = walk_nested_loop(FMT_PAE, guest, host, m, hint, guest_hint, gw, hw, hpas, gva, access, ac, set_ad)
         else:
-            r = walk_nested_loop(FMT_32, guest, host, m, hint, gw, hw, hpas, gva, access, ac, set_ad)
+            r = walk_nested_loop(FMT_32, guest, host, m, hint, guest_hint, gw, hw, hpas, gva, access, ac, set_ad)
         if r == WALK_LEAF:
             r = walk_finish(guest, gw)
         if r == WALK_FAULT:
@@ -178,7 +179,7 @@ cdef inline int walk_nested(const Paging *guest, const Paging *host, const MemMa
             return gw.fault
         if not set_ad or not walk_ad_wanted(guest, gw):
             return FAULT_NONE
-        r = walk_nested_set_ad(guest, host, m, hint, gw, hw, hpas)
+        r = walk_nested_set_ad(guest, host, m, hint, guest_hint, gw, hw, hpas)
         if r == WALK_FAULT:
             return gw.fault
         if r == WALK_LEAF:
