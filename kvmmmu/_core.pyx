@@ -3,6 +3,7 @@
 
 # ---- sptes and constants
 cimport cython
+from libc.string cimport memset
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, spte_ad_kind_off,
@@ -10,7 +11,9 @@ from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, 
                                spte_is_mmio, spte_large, spte_masks_ept, spte_masks_legacy, spte_mmu_writable,
                                spte_pfn, spte_present, spte_writable)
 from kvmmmu.bits.mmio cimport mmio_spte_access, mmio_spte_gen, mmio_spte_gfn, mmio_spte_make
-from kvmmmu.engine.codec cimport codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split
+from kvmmmu.engine.codec cimport (codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split, codec_present_bits,
+                                  codec_reserved)
+from kvmmmu.bits.paging cimport CpuModel, DIALECT_SDM, Paging, paging_init_ept, paging_init_npt, rsvd_bits
 
 
 def constants():
@@ -65,10 +68,23 @@ def constants():
 cdef class SpteCodec:
     """The masks one host uses in its sptes, and the batch loops over them; ``kvmmmu.sptes`` is its face."""
     cdef SpteMasks masks
+    cdef Paging paging
     cdef bint ept
 
     def __cinit__(self, bint ept, int maxphyaddr, int phys_bits, bint l1tf, int cache_bits, bint ept_ad,
-                  bint ept_exec_only, bint mmio_caching):
+                  bint ept_exec_only, bint mmio_caching, bint gbpages, bint ept_2m, bint ept_1g):
+        cdef CpuModel model
+        memset(&model, 0, sizeof(model))
+        model.maxphyaddr = maxphyaddr
+        model.gbpages = gbpages
+        model.exec_only = ept_exec_only
+        model.ept_2m = ept_2m
+        model.ept_1g = ept_1g
+        # Five levels: the rules of a level are the same in a shallower tree.
+        if ept:
+            paging_init_ept(&self.paging, 4 << 3 | (EPTP_AD if ept_ad else 0), &model, DIALECT_SDM)
+        else:
+            paging_init_npt(&self.paging, 0, MAX_LEVEL, &model, DIALECT_SDM)
         self.ept = ept
         if ept:
             spte_masks_ept(&self.masks, phys_bits, l1tf, cache_bits, ept_ad, ept_exec_only, mmio_caching)
@@ -137,6 +153,20 @@ cdef class SpteCodec:
             with nogil:
                 codec_is_mmio(&self.masks, &spte[0], &out[0], n)
 
+    def reserved_many(self, const uint64_t[::1] spte, int level, uint8_t[::1] out):
+        cdef size_t n = spte.shape[0]
+        if <size_t>out.shape[0] != n or not 1 <= level <= MAX_LEVEL:
+            raise ValueError("columns differ in length, or no such level")
+        if n:
+            with nogil:
+                codec_reserved(&self.paging, level, &spte[0], &out[0], n)
+
+    def reserved(self, uint64_t spte, int level):
+        """The reserved bits that are set; 0 in an entry that is not present."""
+        if not 1 <= level <= MAX_LEVEL:
+            raise ValueError("no such level")
+        return rsvd_bits(&self.paging, level, spte) if spte & codec_present_bits(&self.paging) else 0
+
     def inspect(self, uint64_t spte, int level):
         """What the bits of a present spte say, by the kernels the engine itself uses."""
         cdef SpteMasks *m = &self.masks
@@ -161,7 +191,7 @@ cdef class SpteCodec:
             "memory_type": (spte & EPT_MT_MASK) >> EPT_MT_SHIFT if self.ept else None,
             "ignore_pat": (spte & EPT_IPAT) != 0 if self.ept else None,
         }
-
+# ---- end of sptes and constants
 
 # ---- walks: Paging over plain memory, and batches of cases with known answers
 
