@@ -59,7 +59,7 @@ def constants():
         "ROLE_EXT_SMAP": ROLE_EXT_SMAP, "ROLE_EXT_SMEP": ROLE_EXT_SMEP, "ROLE_EXT_LA57": ROLE_EXT_LA57,
         "ROLE_EXT_LMA": ROLE_EXT_LMA, "MEM_LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES, "MEM_READONLY": MEM_READONLY,
         "MEMSLOT_INVALID": MEMSLOT_INVALID, "BIT51": BIT51, "GFN_HASH_MULTIPLIER": GFN_HASH_MULTIPLIER,
-        "ALL_ONES": ALL_ONES,
+        "ONE": ONE, "ALL_ONES": ALL_ONES, "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN,
         "ACC_X": ACC_X, "ACC_W": ACC_W, "ACC_U": ACC_U, "ACC_ALL": ACC_ALL,
     }
 
@@ -779,6 +779,7 @@ cdef class VmCore:
     cdef Vm *vm
     cdef bint closed
     cdef dict exports
+    cdef object __weakref__
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages):
@@ -982,11 +983,10 @@ cdef class VmCore:
         self.check_open()
         return self.vm.max_pages
 
-    def take_zap_request(self):
-        """True when a slot change asked for all shadow pages to go; the request is cleared."""
-        wanted = bool(self.vm.want_zap_all)
-        self.vm.want_zap_all = 0
-        return wanted
+    @property
+    def mmu_valid_gen(self):
+        """0 or 1; flips whenever all shadow pages are made obsolete at once."""
+        return self.vm.valid_gen
 
     # -- counters
 
