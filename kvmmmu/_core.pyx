@@ -675,6 +675,7 @@ from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u6
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
+from kvmmmu.engine.insn cimport insn_continue, insn_execute
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
 from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
@@ -1346,6 +1347,46 @@ cdef class VcpuCore:
         self.vcpu.cpl = own
         self.release()
         return result, <bytes>buffer[:n]
+
+    def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
+                 bint vectoring, mmio_read):
+        """One instruction to its end: (AccessResult, suberror, MMIO exits, result).
+
+        ``mmio_read(gpa, size)`` returns the bytes a device gives; exits are (is write, gpa, size, data).
+        """
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef Insn insn
+        cdef uint8_t own = self.vcpu.cpl
+        cdef int i
+        cdef bytes data
+        memset(&insn, 0, sizeof(insn))
+        insn.op = <uint8_t>op
+        insn.gva = as_word(gva, "gva")
+        insn.size = <uint8_t>size
+        insn.value = as_word(value, "value")
+        insn.expected = as_word(expected, "expected")
+        insn.src = as_word(src, "src")
+        insn.code_gva = as_word(code_gva, "code_gva")
+        insn.code_size = <uint8_t>code_size
+        insn.split_rmw = split_rmw
+        self.claim()
+        try:
+            self.vcpu.cpl = <uint8_t>cpl
+            self.vcpu.vectoring = vectoring
+            insn_execute(self.vcpu, &insn, &result.a)
+            while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
+                for i in range(result.a.n_mmio):
+                    data = mmio_read(result.a.mmio_gpa[i], result.a.mmio_size[i])
+                    memcpy(insn.read_data + result.a.mmio_offset[i], <const char *>data,
+                           min(<size_t>len(data), <size_t>result.a.mmio_size[i]))
+                insn_continue(self.vcpu, &insn, &result.a)
+        finally:
+            self.vcpu.cpl = own
+            self.vcpu.vectoring = 0
+            self.release()
+        exits = [(bool(insn.exits[i].write), insn.exits[i].gpa, insn.exits[i].size, insn.exits[i].data)
+                 for i in range(insn.n_exits)]
+        return result, result.a.suberror, exits, insn.result
 
     def mmio_offsets(self, AccessResult result not None):
         """Where in the access each piece of ``result.mmio`` stands."""

@@ -348,6 +348,10 @@ cdef struct Vcpu:
     uint8_t long_cs       # CS.L: 64-bit code
     uint8_t smm           # address space 1
     uint32_t requests     # REQ_*, set by any thread
+    uint64_t rip          # of the instruction at work, for tracepoints
+    uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
+    uint64_t retry_address
+    uint8_t vectoring     # an exception is being delivered: the access is the processor's own
     int slot_hint         # last slot found, checked before use
     int mem_hint          # last host area of guest memory the processor read
     int table_hint        # the same for the tables KVM built
@@ -447,4 +451,46 @@ cdef struct Access:
     uint8_t n_mmio
     uint8_t outcome
     uint8_t path
+    uint8_t suberror      # of OUTCOME_INTERNAL_ERROR: SUBERROR_*
     uint32_t exits
+
+cdef enum:
+    SUBERROR_EMULATION = 1
+    SUBERROR_DELIVERY_EV = 3   # an exit that cannot be handled while an exception is delivered
+
+# ---- one instruction ----------------------------------------------------------------
+
+cdef enum:
+    INSN_LOAD = 0
+    INSN_STORE = 1
+    INSN_FETCH = 2      # a jump: the fetch of its target
+    INSN_ADD = 3        # read, modify, write
+    INSN_CMPXCHG = 4    # locked
+    INSN_MOVS = 5       # memory to memory
+
+cdef struct MmioExit:
+    uint64_t gpa
+    uint64_t data
+    uint8_t size
+    uint8_t write
+
+cdef struct Insn:
+    uint64_t gva          # the operand, or where MOVS writes
+    uint64_t src          # where MOVS reads
+    uint64_t value        # stored or added
+    uint64_t expected     # CMPXCHG: what must be there
+    uint64_t code_gva     # where the instruction stands
+    uint8_t code_size     # its bytes
+    uint8_t op            # INSN_*
+    uint8_t size          # of the operand: 1, 2, 4 or 8
+    uint8_t split_rmw     # the processor reports a faulting ADD or CMPXCHG as a read first
+    uint8_t known         # the emulator has the operand's gpa from the exit
+    uint64_t known_gpa
+    # out
+    uint64_t result       # loaded, or what CMPXCHG saw
+    uint8_t wants_data    # an MMIO read of exits[n_exits-1 ...] waits for read_data
+    uint8_t read_done     # read_data is there
+    uint8_t read_data[8]
+    uint64_t read_gpa     # of the first piece
+    uint8_t n_exits
+    MmioExit exits[8]
