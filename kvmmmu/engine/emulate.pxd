@@ -7,6 +7,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
 from kvmmmu.engine.events cimport ev_inj_exception, ev_match_mmio
 from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_clear_gva, mmio_match_gpa, mmio_match_gva
@@ -76,11 +77,13 @@ cdef inline bint piece_memory(Vcpu *vcpu, uint64_t gpa, uint64_t access, int siz
         return False
     host = slot_host(slot, gpa >> 12) + (gpa & 4095)
     if not access & PFERR_WRITE:
+        host_read(vcpu.vm, slot, gpa >> 12)
         if data != NULL:
             memcpy(data, host, size)
         return True
     if slot_readonly(slot):
         return False
+    host_write(vcpu.vm, slot, gpa >> 12)
     if data != NULL:
         memcpy(host, data, size)
     slot_mark_dirty(slot, gpa >> 12)

@@ -14,6 +14,7 @@ from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulat
 from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, MMIO_WRITE, ev_emulate_insn, ev_mmio
 from kvmmmu.engine.guest cimport guest_host, guest_walk
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_match_gpa, mmio_match_gva
@@ -181,6 +182,7 @@ cdef inline int emulate_locked(Vcpu *vcpu, Insn *insn, uint64_t seen, uint64_t d
     if (gpa >> 12 == APIC_DEFAULT_GFN or (gpa & 4095) + insn.size > 4096 or not slot_visible(slot)
             or slot_readonly(slot)):
         return emulate_write(vcpu, insn, data, known_gpa, out)
+    host_write(vcpu.vm, slot, gpa >> 12)
     host = slot_host(slot, gpa >> 12) + (gpa & 4095)
     if insn.size == 8 and not gpa & 7:
         same = cmpxchg_u64(<uint64_t *>host, seen, data)

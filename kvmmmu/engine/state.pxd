@@ -38,6 +38,7 @@ cdef enum:
     HASH_BITS = 12
     ARENA_PAGES = 1048576    # 4 GiB of sptes, reserved, not committed; arena pfns are 0 .. ARENA_PAGES-1
     ARENA_DESCS = 16777216   # pte list blocks reserved
+    HOST_STATES = 1073741824  # frames that have a host page state (4 TiB); those beyond count as present
     RANGE_PFN_ALIGN = 262144  # each host range starts at a 1 GiB boundary
 
 cdef enum:
@@ -326,6 +327,7 @@ cdef struct Fault:
     uint8_t rsvd
     uint8_t prefetch
     uint8_t map_writable
+    uint32_t seq          # notifier_seq when the fault began
     uint8_t self_change   # the write goes to a table page of its own walk
     uint8_t huge_page_disallowed
     int max_level
@@ -388,6 +390,8 @@ cdef struct Switches:
     uint8_t mmio_scheme
     uint8_t tdp_mmu
     uint8_t nx_huge_pages
+    uint8_t eager_split   # split huge mappings when dirty logging starts
+    uint8_t manual_protect  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: bit 0 manual, bit 1 initially set
 
 cdef struct Vm:
     int mmu               # MMU_*
@@ -408,6 +412,10 @@ cdef struct Vm:
     SlotSet *slots[2]     # published with release, by address space
     Slot **slot_by_id[2]  # MAX_SLOT_ID entries each; under slots_lock
     uint64_t *last_base[2]  # by id: base gfn named in its last change (3.1's rule for zapping all)
+    uint8_t *host_states  # by pfn: HOSTPAGE_*; reserved, untouched while every page is present
+    uint8_t host_states_used
+    uint32_t notifier_seq  # moves when the host takes a page away: a fault that raced is dropped
+    void (*notify_replaced)(Vm *vm, uint8_t *hva) noexcept nogil  # upward: the host copied a page
     int slot_hint[2]      # last slot found under mmu_lock for write, by address space
     uint64_t total_pages  # in slots of address space 0 and 1
     # shadow pages
