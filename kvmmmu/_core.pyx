@@ -593,7 +593,8 @@ def record_layouts():
     )]
     access = [(n, f, o) for n, f, o in (
         ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
-        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x), ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
+        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x),
+        ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
         ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
         ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
         ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
