@@ -522,7 +522,7 @@ def test_the_tables_of_names_are_as_long_as_the_engines_enums():
 )
 def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments):
     core = make()
-    size = 64 << 30
+    size = 512 << 30
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     first, second = (mmap.mmap(-1, size, flags=flags) for _ in range(2))
     assert call(core, 0, memory=first)[0] == 0
