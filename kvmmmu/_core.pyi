@@ -254,3 +254,7 @@ class VcpuCore:
     def replay_into(
         self, a: Any, b: Any, c: Any, kind: Any, size: Any, flags: Any, cpl: Any, values: bool, stop_after: int
     ) -> dict[str, Any]: ...
+
+TREE_PAGE_DTYPE: np.dtype[np.void]
+
+def tree_copy_of(core: VcpuCore, everything: bool) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint64]]: ...
