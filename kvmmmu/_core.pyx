@@ -59,8 +59,7 @@ def constants():
         "ROLE_EXT_SMAP": ROLE_EXT_SMAP, "ROLE_EXT_SMEP": ROLE_EXT_SMEP, "ROLE_EXT_LA57": ROLE_EXT_LA57,
         "ROLE_EXT_LMA": ROLE_EXT_LMA, "MEM_LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES, "MEM_READONLY": MEM_READONLY,
         "MEMSLOT_INVALID": MEMSLOT_INVALID, "BIT51": BIT51, "GFN_HASH_MULTIPLIER": GFN_HASH_MULTIPLIER,
-        "ALL_ONES": ALL_ONES,
-        "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN, "ONE": ONE,
+        "ONE": ONE, "ALL_ONES": ALL_ONES, "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN,
         "ACC_X": ACC_X, "ACC_W": ACC_W, "ACC_U": ACC_U, "ACC_ALL": ACC_ALL,
     }
 
@@ -675,7 +674,7 @@ from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
-from kvmmmu.engine.events cimport events_copy
+from kvmmmu.engine.events cimport event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
@@ -781,6 +780,7 @@ cdef class VmCore:
     cdef Vm *vm
     cdef bint closed
     cdef dict exports
+    cdef object __weakref__
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages):
@@ -984,11 +984,10 @@ cdef class VmCore:
         self.check_open()
         return self.vm.max_pages
 
-    def take_zap_request(self):
-        """True when a slot change asked for all shadow pages to go; the request is cleared."""
-        wanted = bool(self.vm.want_zap_all)
-        self.vm.want_zap_all = 0
-        return wanted
+    @property
+    def mmu_valid_gen(self):
+        """0 or 1; flips whenever all shadow pages are made obsolete at once."""
+        return self.vm.valid_gen
 
     # -- counters
 
@@ -1035,6 +1034,15 @@ cdef class VmCore:
 
     def events_disable(self):
         st_release_u64(&self.vm.events.mask, 0)
+
+    def events_emit(self, kind, vcpu_id, tuple words):
+        """Add a record made outside the engine; 7 words."""
+        cdef uint64_t w[7]
+        cdef int i
+        for i in range(7):
+            w[i] = as_word(words[i], f"word {i}")
+        event_emit(self.vm, <uint32_t>as_word(vcpu_id, "vcpu", 32), <uint32_t>as_word(kind, "kind", 6),
+                   w[0], w[1], w[2], w[3], w[4], w[5], w[6])
 
     def events_take(self, bint consume):
         """The finished records, oldest first, as an array of EVENT_DTYPE."""

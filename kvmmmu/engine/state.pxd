@@ -417,9 +417,6 @@ cdef struct Vm:
     uint8_t valid_gen
     uint8_t rmaps         # slots carry rmaps (shadow MMU in use)
     int32_t tdp_roots     # chain through list_next
-    # what the caller of an update must still do
-    uint8_t want_zap_all  # a slot went away or moved
-    uint8_t want_shrink   # max_pages fell below used_pages
     uint64_t stats[32]
     EventRing events
 
