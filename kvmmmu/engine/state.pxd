@@ -38,6 +38,7 @@ cdef enum:
     HASH_BITS = 12
     ARENA_PAGES = 1048576    # 4 GiB of sptes, reserved, not committed; arena pfns are 0 .. ARENA_PAGES-1
     ARENA_DESCS = 16777216   # pte list blocks reserved
+    HOST_STATES = 1073741824  # frames that have a host page state (4 TiB); those beyond count as present
     RANGE_PFN_ALIGN = 262144  # each host range starts at a 1 GiB boundary
 
 cdef enum:
@@ -326,6 +327,7 @@ cdef struct Fault:
     uint8_t rsvd
     uint8_t prefetch
     uint8_t map_writable
+    uint32_t seq          # notifier_seq when the fault began
     uint8_t self_change   # the write goes to a table page of its own walk
     uint8_t huge_page_disallowed
     int max_level
@@ -348,6 +350,10 @@ cdef struct Vcpu:
     uint8_t long_cs       # CS.L: 64-bit code
     uint8_t smm           # address space 1
     uint32_t requests     # REQ_*, set by any thread
+    uint64_t rip          # of the instruction at work, for tracepoints
+    uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
+    uint64_t retry_address
+    uint8_t vectoring     # an exception is being delivered: the access is the processor's own
     int slot_hint         # last slot found, checked before use
     int mem_hint          # last host area of guest memory the processor read
     int table_hint        # the same for the tables KVM built
@@ -384,6 +390,8 @@ cdef struct Switches:
     uint8_t mmio_scheme
     uint8_t tdp_mmu
     uint8_t nx_huge_pages
+    uint8_t eager_split   # split huge mappings when dirty logging starts
+    uint8_t manual_protect  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: bit 0 manual, bit 1 initially set
 
 cdef struct Vm:
     int mmu               # MMU_*
@@ -404,6 +412,10 @@ cdef struct Vm:
     SlotSet *slots[2]     # published with release, by address space
     Slot **slot_by_id[2]  # MAX_SLOT_ID entries each; under slots_lock
     uint64_t *last_base[2]  # by id: base gfn named in its last change (3.1's rule for zapping all)
+    uint8_t *host_states  # by pfn: HOSTPAGE_*; reserved, untouched while every page is present
+    uint8_t host_states_used
+    uint32_t notifier_seq  # moves when the host takes a page away: a fault that raced is dropped
+    void (*notify_replaced)(Vm *vm, uint8_t *hva) noexcept nogil  # upward: the host copied a page
     int slot_hint[2]      # last slot found under mmu_lock for write, by address space
     uint64_t total_pages  # in slots of address space 0 and 1
     # shadow pages
@@ -447,4 +459,46 @@ cdef struct Access:
     uint8_t n_mmio
     uint8_t outcome
     uint8_t path
+    uint8_t suberror      # of OUTCOME_INTERNAL_ERROR: SUBERROR_*
     uint32_t exits
+
+cdef enum:
+    SUBERROR_EMULATION = 1
+    SUBERROR_DELIVERY_EV = 3   # an exit that cannot be handled while an exception is delivered
+
+# ---- one instruction ----------------------------------------------------------------
+
+cdef enum:
+    INSN_LOAD = 0
+    INSN_STORE = 1
+    INSN_FETCH = 2      # a jump: the fetch of its target
+    INSN_ADD = 3        # read, modify, write
+    INSN_CMPXCHG = 4    # locked
+    INSN_MOVS = 5       # memory to memory
+
+cdef struct MmioExit:
+    uint64_t gpa
+    uint64_t data
+    uint8_t size
+    uint8_t write
+
+cdef struct Insn:
+    uint64_t gva          # the operand, or where MOVS writes
+    uint64_t src          # where MOVS reads
+    uint64_t value        # stored or added
+    uint64_t expected     # CMPXCHG: what must be there
+    uint64_t code_gva     # where the instruction stands
+    uint8_t code_size     # its bytes
+    uint8_t op            # INSN_*
+    uint8_t size          # of the operand: 1, 2, 4 or 8
+    uint8_t split_rmw     # the processor reports a faulting ADD or CMPXCHG as a read first
+    uint8_t known         # the emulator has the operand's gpa from the exit
+    uint64_t known_gpa
+    # out
+    uint64_t result       # loaded, or what CMPXCHG saw
+    uint8_t wants_data    # an MMIO read of exits[n_exits-1 ...] waits for read_data
+    uint8_t read_done     # read_data is there
+    uint8_t read_data[8]
+    uint64_t read_gpa     # of the first piece
+    uint8_t n_exits
+    MmioExit exits[8]
