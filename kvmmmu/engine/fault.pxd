@@ -252,7 +252,8 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     cdef Vm *vm = vcpu.vm
     cdef Walk *w = &vcpu.walk
     cdef int ret
-    if not guest_walk(vcpu, w, f.addr, f.error_code & (PFERR_WRITE | PFERR_USER | PFERR_FETCH)):
+    # The reserved bit was the shadow table's, not the guest's.
+    if not guest_walk(vcpu, w, f.addr, f.error_code & ~PFERR_RSVD):
         return FAULT_INJECT
     f.gfn = w.gpa >> 12
     f.slot = vcpu_slot(vcpu, f.gfn)
