@@ -117,7 +117,10 @@ class Guest:
             instruction = self.decode(code)
         except IndexError:
             code += self.fetch((self.rip | (_PAGE - 1)) + 1 & self.mask, MAX_LENGTH - len(code))
-            instruction = self.decode(code)
+            try:
+                instruction = self.decode(code)
+            except IndexError:
+                raise UnknownInstruction(f"code {code.hex(' ')} and nothing behind it") from None
         if instruction.name in _ARITHMETIC:
             self.arithmetic(instruction)
         else:
@@ -350,21 +353,30 @@ class Guest:
         if gva is not None:
             self.fault["cr2"] = f"{gva:x}"
         self.deliver(vector)
-        self.rip = self.script.sysgva + stubs.HANDLERS + 4 * vector
         for _ in range(_MAX_STEPS):
             self.step()
         self.end("hang")
 
     def deliver(self, vector: int) -> None:
         """The processor's own accesses: IDT, GDT, TSS, and the frame on the stack (SDM vol. 3A section 6.14)."""
-        second = vector == _DF
         while True:
             done = self.delivery(vector)
             if done is None:
+                self.rip = self.script.sysgva + stubs.HANDLERS + 4 * vector
                 return
-            if done.outcome not in (Outcome.PF, Outcome.GP) or second:
-                self.check(done) if done.outcome not in (Outcome.PF, Outcome.GP) else self.shutdown()
-            vector, second = _DF, True
+            if done.outcome not in (Outcome.PF, Outcome.GP):
+                self.check(done)
+            if vector == _DF:
+                self.shutdown()
+            # Of two faults a page fault makes a double fault only of another page fault (SDM vol. 3A table 6-5).
+            if vector == _PF or done.outcome == Outcome.GP and vector == _GP:
+                vector = _DF
+                self.fault = {"exc": str(_DF), "err": "0", "ip": self.fault["ip"]}
+            else:
+                vector = _PF if done.outcome == Outcome.PF else _GP
+                self.fault = {"exc": str(vector), "err": f"{self.visible(done):x}", "ip": self.fault["ip"]}
+                if vector == _PF:
+                    self.fault["cr2"] = f"{done.gva:x}"
 
     def delivery(self, vector: int) -> Done | None:
         """Try once; None when the handler may start."""
