@@ -492,6 +492,7 @@ cdef struct Insn:
     uint8_t op            # INSN_*
     uint8_t size          # of the operand: 1, 2, 4 or 8
     uint8_t split_rmw     # the processor reports a faulting ADD or CMPXCHG as a read first
+    uint8_t refetch       # the instruction is fetched again after every exit
     uint8_t known         # the emulator has the operand's gpa from the exit
     uint64_t known_gpa
     # out
