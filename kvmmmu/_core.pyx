@@ -684,11 +684,11 @@ from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
-from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
-from kvmmmu.engine.roles cimport roles_refresh
-from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.moves cimport vcpu_move_to_cr
+from kvmmmu.engine.roots cimport vcpu_reset, roots_sync, vcpu_invlpg, vm_teardown
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
@@ -1275,7 +1275,7 @@ cdef class VcpuCore:
             free(line)
             raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
         vcpu.id = vm.n_vcpus
-        roles_refresh(vcpu)
+        vcpu_reset(vcpu)
         vm.vcpus[vcpu.id] = vcpu
         vm.lines[vcpu.id] = line
         vm.n_vcpus += 1
@@ -1335,14 +1335,7 @@ cdef class VcpuCore:
         cdef uint64_t word = as_word(value, "value")
         cdef int result
         self.claim()
-        if n == 0:
-            result = mov_cr0(self.vcpu, word)
-        elif n == 3:
-            result = load_cr3(self.vcpu, word)
-        elif n == 4:
-            result = mov_cr4(self.vcpu, word)
-        else:
-            result = write_efer(self.vcpu, word)
+        result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
         self.release()
         return result == REG_OK
 

@@ -17,7 +17,7 @@ DIRECTIVES = (
 ENGINE_ORDER = (
     "state atomics memory codec events drain memmap reserve memslots slotsets hostmem locks walk translate cases "
     "hostpages pfns pages rmap tlb lookup guest sptes track zap leaf prefetch sync shadow roles tdp mmiocache roots "
-    "fault notifier dirty region write registers emulate vcpu insn replay"
+    "fault notifier dirty region write registers emulate vcpu moves insn replay"
 ).split()
 
 # From the ground up; a floor imports only from itself and the floors below.

@@ -206,10 +206,9 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.max_level = host_max_level(vm) if vm.mmu else <int>LEVEL_2M
     if fault_write_tracked(f):
         return RET_PF_EMULATE
-    if vm.mmu:
-        ret = fast_page_fault(vcpu, f)
-        if ret != RET_PF_INVALID:
-            return ret
+    ret = fast_page_fault(vcpu, f)
+    if ret != RET_PF_INVALID:
+        return ret
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
         return ret

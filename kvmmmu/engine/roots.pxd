@@ -327,6 +327,12 @@ cdef inline void vm_teardown(Vm *vm) noexcept nogil:
     for i in range(vm.n_vcpus):
         roots_free(vm.vcpus[i], ROOTS_ALL)
 
+cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
+    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor."""
+    roles_refresh(vcpu)
+    if not vcpu.vm.host.amd:
+        request(vcpu, REQ_TLB_FLUSH)
+
 # ---- VM entry -----------------------------------------------------------------------
 
 cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:
