@@ -675,10 +675,10 @@ from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
-from kvmmmu.engine.events cimport event_emit, events_copy
+from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
-from kvmmmu.engine.insn cimport insn_continue, insn_execute
+from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
@@ -1440,7 +1440,7 @@ cdef class VcpuCore:
         return result, <bytes>buffer[:n]
 
     def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
-                 bint vectoring, mmio_read):
+                 int vectoring, mmio_read):
         """One instruction to its end: (AccessResult, suberror, MMIO exits, result).
 
         ``mmio_read(gpa, size)`` returns the bytes a device gives; exits are (is write, gpa, size, data).
@@ -1463,7 +1463,7 @@ cdef class VcpuCore:
         self.claim()
         try:
             self.vcpu.cpl = <uint8_t>cpl
-            self.vcpu.vectoring = vectoring
+            self.vcpu.vectoring = <uint8_t>vectoring
             insn_execute(self.vcpu, &insn, &result.a)
             while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
                 for i in range(result.a.n_mmio):
@@ -1482,6 +1482,22 @@ cdef class VcpuCore:
     def mmio_offsets(self, AccessResult result not None):
         """Where in the access each piece of ``result.mmio`` stands."""
         return [result.a.mmio_offset[i] for i in range(result.a.n_mmio)]
+
+    def fetch_software(self, code_gva, int code_size):
+        """KVM's own fetch and decode of an instruction that it carries out or steps over: (AccessResult, suberror)."""
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef Insn insn
+        memset(&insn, 0, sizeof(insn))
+        insn.code_gva = as_word(code_gva, "code_gva")
+        insn.code_size = <uint8_t>code_size
+        self.claim()
+        insn_fetch(self.vcpu, &insn, &result.a)
+        self.release()
+        return result, result.a.suberror
+
+    def trace_injection(self, int vector, bint has_error, error_code):
+        """Trace that KVM injects an exception."""
+        ev_inj_exception(self.owner.vm, self.vcpu.id, vector, has_error, as_word(error_code, "error_code"), False)
 
     def access_into(self, gvas, kinds, out, int cpl, int size):
         """A column of accesses, in order, into a column of records; ``kinds`` is a column or None for reads."""

@@ -15,7 +15,7 @@ from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.roles cimport is_paging, tdp_enabled
 from kvmmmu.engine.roots cimport invlpg_root
 from kvmmmu.engine.state cimport (
-    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
+    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, OUTCOME_SHUTDOWN, SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
     VSTAT_INSN_EMULATION_FAIL, VSTAT_MMIO_EXITS, VSTAT_PF_GUEST, Vcpu,
 )
 from kvmmmu.engine.write cimport track_write
@@ -24,6 +24,10 @@ cdef enum:
     PIECE_MEMORY = 0
     PIECE_MMIO = 1
     PIECE_FAULT = 2
+
+cdef enum:
+    DF_VECTOR = 8
+    PF_VECTOR = 14
 
 
 cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexcept nogil:
@@ -43,7 +47,13 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
     if code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT:
         invlpg_root(vcpu, vcpu.root.page, gva)
     vcpu.stats[<int>VSTAT_PF_GUEST] += 1
-    ev_inj_exception(vcpu.vm, vcpu.id, 14, True, code, False)
+    # A page fault while one is delivered is a double fault, and beyond that the guest is shut down.
+    if vcpu.vectoring == DF_VECTOR:
+        out.outcome = OUTCOME_SHUTDOWN
+    elif vcpu.vectoring == PF_VECTOR:
+        ev_inj_exception(vcpu.vm, vcpu.id, DF_VECTOR, True, 0, False)
+    else:
+        ev_inj_exception(vcpu.vm, vcpu.id, PF_VECTOR, True, code, False)
 
 
 cdef inline int piece_gpa(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t known_gpa, uint64_t *gpa) noexcept nogil:

@@ -250,6 +250,16 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     return False
 
 
+cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
+    """The fetch alone, of an instruction without memory operands."""
+    access_begin(out)
+    vcpu.rip = insn.code_gva
+    vcpu.retry_rip = 0
+    vcpu.retry_address = 0
+    out.path = PATH_EMULATED
+    decode(vcpu, insn, out)
+
+
 cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, bint allowed) noexcept nogil:
     """Unprotect the page and let the guest run again, once per (rip, address).
 

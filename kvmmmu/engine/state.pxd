@@ -353,7 +353,7 @@ cdef struct Vcpu:
     uint64_t rip          # of the instruction at work, for tracepoints
     uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
     uint64_t retry_address
-    uint8_t vectoring     # an exception is being delivered: the access is the processor's own
+    uint8_t vectoring     # the exception being delivered by the access, 0 = none
     int slot_hint         # last slot found, checked before use
     int mem_hint          # last host area of guest memory the processor read
     int table_hint        # the same for the tables KVM built
