@@ -15,9 +15,9 @@ DIRECTIVES = (
 
 # Inside engine/ a file cimports only those before it.  The one list; add a new room where the truth asks for it.
 ENGINE_ORDER = (
-    "state atomics memory codec events drain memmap reserve memslots slotsets hostmem locks walk translate cases "
+    "state atomics claim memory codec events drain memmap reserve memslots slotsets hostmem locks walk translate cases "
     "pfns pages rmap tlb lookup guest sptes track zap leaf prefetch sync shadow roles tdp mmiocache roots fault region dirty "
-    "write registers emulate vcpu replay"
+    "write registers emulate vcpu replay embed"
 ).split()
 
 # From the ground up; a floor imports only from itself and the floors below.
@@ -45,7 +45,7 @@ FRONT = next(number for number, (name, _) in enumerate(FLOORS) if name == "eyes 
 
 ROOM_LINES = 500
 # The door cannot be split (one extension, no include); it holds checks only and is kept short by review.
-DOOR_LINES = 1500
+DOOR_LINES = 1750
 
 _CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import\s+\(?([^#]*)|c?import\s+([\w.]+))")
 
