@@ -62,6 +62,7 @@ cdef extern from "kvmmmu/capi.h" nogil:
         uint8_t path
         uint8_t size
         uint32_t exits
+        uint8_t suberror
 
     struct kvmmmu_translation:
         uint64_t gva

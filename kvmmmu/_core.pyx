@@ -60,6 +60,7 @@ def constants():
         "ROLE_EXT_LMA": ROLE_EXT_LMA, "MEM_LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES, "MEM_READONLY": MEM_READONLY,
         "MEMSLOT_INVALID": MEMSLOT_INVALID, "BIT51": BIT51, "GFN_HASH_MULTIPLIER": GFN_HASH_MULTIPLIER,
         "ALL_ONES": ALL_ONES,
+        "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN, "ONE": ONE,
         "ACC_X": ACC_X, "ACC_W": ACC_W, "ACC_U": ACC_U, "ACC_ALL": ACC_ALL,
     }
 
@@ -599,7 +600,8 @@ def record_layouts():
     )]
     access = [(n, f, o) for n, f, o in (
         ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
-        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x), ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
+        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x),
+        ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
         ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
         ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
         ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
@@ -680,7 +682,7 @@ from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
-from kvmmmu.engine.events cimport event_emit, events_copy
+from kvmmmu.engine.events cimport events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init

@@ -34,7 +34,8 @@ class Access(ctypes.Structure):
         ("mmio_offset", c_uint8 * 2),
         *((name, c_uint8) for name in ("n_mmio", "outcome", "path", "size")),
         ("exits", c_uint32),
-        ("unused", c_uint32),
+        ("suberror", c_uint8),
+        ("unused", c_uint8 * 3),
     ]
 
 

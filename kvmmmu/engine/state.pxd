@@ -455,7 +455,7 @@ cdef extern from "kvmmmu/capi.h" nogil:
         uint8_t path          # PATH_*
         uint8_t size          # bytes of the access
         uint32_t exits
-        uint32_t unused
+        uint8_t suberror      # of OUTCOME_INTERNAL_ERROR
 
     struct Translation "kvmmmu_translation":
         uint64_t gva

@@ -59,7 +59,8 @@ cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint6
             hpa[0] = vcpu.nested.gpa
             gpa[0] = shadow_gpa(vcpu)
         return fault
-    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva, access, vcpu.ac,
+    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva,
+                        access, vcpu.ac,
                         True)
     if fault == FAULT_NONE:
         hpa[0] = vcpu.nested.gpa

@@ -88,7 +88,8 @@ struct kvmmmu_access {
     uint8_t path;           /* KVMMMU_PATH_* */
     uint8_t size;           /* bytes of the access this is about */
     uint32_t exits;         /* VM exits it cost */
-    uint32_t unused;
+    uint8_t suberror;       /* of OUTCOME_INTERNAL_ERROR: KVM's number of it, 0 where there is none */
+    uint8_t unused[3];
 };
 
 /* One address through tables in plain memory. */
