@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from kvmmmu._core import VmCore
 from kvmmmu.errors import ArgumentError, MemslotError, VmClosedError
 
-__all__ = ["MemSlot", "MemSlots"]
+__all__ = ["MemSlot", "MemSlots", "slot_number"]
 
 LOG_DIRTY_PAGES: Final = 1
 READONLY: Final = 2
@@ -186,7 +186,7 @@ class MemSlots(Mapping[int, MemSlot]):
             slot = self._core.free_slot_id(space)
             if slot < 0:
                 raise MemslotError(EINVAL, "every slot id from 0 to 32763 is in use")
-        number = _number(slot)
+        number = slot_number(slot)
         if number >= SLOT_IDS:
             raise MemslotError(EINVAL, _REASONS["id"].format(detail=number))
         number |= space << 16
@@ -206,7 +206,7 @@ class MemSlots(Mapping[int, MemSlot]):
         MemslotError
             EINVAL when there is no such slot.
         """
-        number = _number(slot)
+        number = slot_number(slot)
         found = self._core.slot(number)
         self._apply(number, 0, found[1] if found else 0, 0, None)
 
@@ -219,7 +219,7 @@ class MemSlots(Mapping[int, MemSlot]):
             EINVAL or EEXIST by KVM's rules.  A move beyond the last gfn is refused as KVM refuses it:
             the slots are as before, but the generation has grown by 4 and shadow pages are gone.
         """
-        number = _number(slot)
+        number = slot_number(slot)
         found = self._core.slot(number)
         self._apply(number, found[3] if found else 0, gpa, None, None)
         return self[number]
@@ -232,7 +232,7 @@ class MemSlots(Mapping[int, MemSlot]):
         MemslotError
             EINVAL when there is no such slot.
         """
-        number = _number(slot)
+        number = slot_number(slot)
         found = self._core.slot(number)
         flags = (found[3] if found else 0) & ~LOG_DIRTY_PAGES | LOG_DIRTY_PAGES * bool(log_dirty)
         self._apply(number, flags, found[1] if found else 0, None, None)
@@ -297,7 +297,7 @@ def _space(as_id: int) -> int:
     return operator.index(as_id)
 
 
-def _number(slot: int | MemSlot) -> int:
+def slot_number(slot: int | MemSlot) -> int:
     number = slot.number if isinstance(slot, MemSlot) else operator.index(slot)
     if not 0 <= number < 2**32:
         raise OverflowError(f"slot = {number} is outside 0 ... 2^32-1")
