@@ -1602,6 +1602,55 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
     return 0
 
 
+# ---- trees: a copy of the tables KVM built
+
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.trees cimport TreePage, tree_copy, tree_list
+
+TREE_PAGE_DTYPE = np.dtype(
+    [("gfn", np.uint64), ("id", np.uint32), ("role", np.uint32), ("root_count", np.int32),
+     ("unsync_children", np.uint32), ("write_flooding", np.uint32)]
+    + [(name, np.uint8) for name in ("level", "unsync", "valid_gen", "nx_disallowed", "tdp", "special", "reached",
+                                     "unused")]
+    + [("unused2", np.uint32)])
+assert TREE_PAGE_DTYPE.itemsize == sizeof(TreePage)
+
+
+def tree_copy_of(VcpuCore core not None, bint everything):
+    """Pages under the vCPU's root (all there are: ``everything``): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
+
+    The first page is the root; there is none before the first entry.
+    """
+    cdef Vm *vm = core.owner.vm
+    cdef int32_t *ids = NULL
+    cdef uint8_t *seen = NULL
+    cdef int n, room = 64
+    cdef uint64_t page_address, spte_address
+    core.owner.check_open()
+    # Arrays are made before the lock is taken; more pages than expected: once more, with more room.
+    while True:
+        pages = np.empty(room, TREE_PAGE_DTYPE)
+        sptes = np.empty((room, 512), np.uint64)
+        page_address = pages.ctypes.data
+        spte_address = sptes.ctypes.data
+        mmu_write_lock(vm)
+        n = -1
+        seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
+        ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
+        if seen != NULL and ids != NULL:
+            n = tree_list(core.vcpu, everything, seen, ids)
+            if n <= room:
+                tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
+        mmu_write_unlock(vm)
+        free(seen)
+        free(ids)
+        if n < 0:
+            raise MemoryError("no memory for a copy of the tables")
+        if n <= room:
+            return pages[:n], sptes[:n]
+        room = n + 64
+
+
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New

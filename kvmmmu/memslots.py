@@ -246,6 +246,8 @@ class MemSlots(Mapping[int, MemSlot]):
         gpa: int = 0,
         size: int | None = None,
         memory: Any = None,
+        page_size: Literal["4K", "2M", "1G"] | None = None,
+        pfn_offset: int = 0,
     ) -> None:
         """One KVM_SET_USER_MEMORY_REGION, nothing added: what happens follows from its arguments.
 
@@ -260,13 +262,17 @@ class MemSlots(Mapping[int, MemSlot]):
             Bytes; 0 deletes.  By default all of ``memory``.
         memory : buffer, optional
             None stands for the memory the slot has.
+        page_size, pfn_offset : optional
+            As in ``create``.
 
         Raises
         ------
         MemslotError
             ``errno`` as KVM returns it.
         """
-        self._apply(slot, flags, gpa, size, memory)
+        if page_size not in _BACKINGS:
+            raise ArgumentError(f"page_size = {page_size!r}: allowed are '4K', '2M', '1G' and None")
+        self._apply(slot, flags, gpa, size, memory, _BACKINGS[page_size], pfn_offset)
 
     def generation(self, as_id: int = 0) -> int:
         """Generation of an address space: starts at ``as_id``, +2 per swap; bit 63 set while one is in flight."""

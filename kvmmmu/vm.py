@@ -18,6 +18,7 @@ from kvmmmu.events import Events
 from kvmmmu.memslots import MemSlot, MemSlots, slot_number
 from kvmmmu.mmio import Mmio
 from kvmmmu.stats import VmStats
+from kvmmmu.trees import PageTables
 from kvmmmu.vcpu import VCpu
 
 __all__ = ["VM"]
@@ -101,6 +102,7 @@ class VM:
         self.mmio = Mmio()
         self.stats = VmStats(self._core)
         self.events = Events(self._core)
+        self._vcpus: list[VCpu] = []
 
     @property
     def mmu(self) -> Mmu:
@@ -140,7 +142,39 @@ class VM:
         guest = GuestCpu() if cpu is None else cpu
         if not isinstance(guest, GuestCpu):
             raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
-        return VCpu(self._core, guest.model(), self, guest)
+        vcpu = VCpu(self._core, guest.model(), self, guest)
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    def page_tables(self, vcpu: VCpu | None = None, *, all: bool = False) -> PageTables:
+        """Copy the tables KVM built for a vCPU.
+
+        Parameters
+        ----------
+        vcpu : VCpu, optional
+            The only one by default.
+        all : bool
+            Previous roots too, and pages that no root reaches.
+
+        Returns
+        -------
+        PageTables
+            Pages under the current root; none before the vCPU first ran.
+
+        Raises
+        ------
+        ArgumentError
+            No ``vcpu`` is given and the VM has not exactly one, or it is another VM's.
+        VmClosedError
+            The VM was closed.
+        """
+        if vcpu is None:
+            if len(self._vcpus) != 1:
+                raise ArgumentError(f"vcpu is not given and the VM has {len(self._vcpus)} vCPUs")
+            vcpu = self._vcpus[0]
+        if vcpu.vm is not self:
+            raise ArgumentError("vcpu belongs to another VM")
+        return PageTables(vcpu, bool(all))
 
     # -- shadow pages, dirty log, host pages
 

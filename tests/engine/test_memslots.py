@@ -1,8 +1,11 @@
 """The slot machine under the face: errno rules row by row, generations, frames, columns."""
 
-import weakref
 import mmap
+import os
 import resource
+import subprocess
+import sys
+import weakref
 from errno import EEXIST, EINVAL, ENOMEM
 from pathlib import Path
 
@@ -520,9 +523,22 @@ def test_the_tables_of_names_are_as_long_as_the_engines_enums():
     ],
     ids=["create", "move", "flags"],
 )
-def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments):
+def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments, request):
+    if "KVMMMU_FRESH_PROCESS" not in os.environ:
+        # Here malloc may still hold what earlier tests gave back, and would need nothing from the host.
+        home = str(Path(_core.__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid],
+            cwd=request.config.rootpath,
+            env={**os.environ, "KVMMMU_FRESH_PROCESS": "1", "PYTHONPATH": home},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        assert "1 passed" in done.stdout
+        return
     core = make()
-    size = 64 << 30
+    size = 512 << 30
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     first, second = (mmap.mmap(-1, size, flags=flags) for _ in range(2))
     assert call(core, 0, memory=first)[0] == 0
