@@ -294,7 +294,7 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     cdef int fault, result
     cdef uint64_t here = 0, known = ALL_ONES, address
     cdef bint cached, fast
-    access_begin(out)
+    access_begin(out, insn.size)
     insn.n_exits = 0
     insn.wants_data = 0
     insn.read_done = 0
