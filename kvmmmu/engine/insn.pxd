@@ -252,7 +252,7 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     """The fetch alone, of an instruction without memory operands."""
-    access_begin(out)
+    access_begin(out, insn.code_size)
     vcpu.rip = insn.code_gva
     vcpu.retry_rip = 0
     vcpu.retry_address = 0

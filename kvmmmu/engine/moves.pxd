@@ -24,7 +24,7 @@ cdef inline int pdptrs_by_processor(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
     cdef uint64_t known = 0
     cdef Access out
     cdef int fault, result
-    access_begin(&out)
+    access_begin(&out, 32)
     while not enter_ends(vcpu, &out):
         fault = load_pdptrs_nested(&vcpu.hw, vm_hostmem(vcpu.vm), &vcpu.table_hint, &vcpu.nested, cr3, &vcpu.model,
                                    loaded, True)
