@@ -8,6 +8,19 @@ from typing_extensions import disjoint_base
 
 from kvmmmu.outcome import Outcome, Path
 
+# ---- C table
+
+_C_API: object
+
+@disjoint_base
+class VmHandle: ...
+
+@disjoint_base
+class VcpuHandle: ...
+
+@disjoint_base
+class TablesHandle: ...
+
 # ---- sptes and constants
 
 class _SpteFacts(TypedDict):
@@ -79,7 +92,7 @@ class SpteCodec:
 class WalkColumn: ...
 
 @disjoint_base
-class PagingCore:
+class PagingCore(TablesHandle):
     def __init__(
         self,
         areas: list[tuple[int, Any]],
@@ -152,7 +165,7 @@ class Export:
     def obj(self) -> Any: ...
 
 @disjoint_base
-class VmCore:
+class VmCore(VmHandle):
     def __new__(
         cls, mmu: int, host: tuple[int, ...], mmio_scheme: int, tdp_mmu: bool, nx_huge_pages: bool
     ) -> VmCore: ...
@@ -214,7 +227,7 @@ class AccessResult:
     def mmio(self) -> tuple[tuple[int, int], ...]: ...
 
 @disjoint_base
-class VcpuCore:
+class VcpuCore(VcpuHandle):
     def __new__(cls, owner: VmCore, model: tuple[int, ...], *args: Any) -> Self: ...
     @property
     def id(self) -> int: ...

@@ -209,8 +209,9 @@ from kvmmmu.bits.paging cimport (
     paging_pdptr_bad, permission_fault, rsvd_bits,
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
-from kvmmmu.engine.state cimport Access, MemMap
-from kvmmmu.engine.translate cimport Translation, mappings_next, mappings_tables, translate_many, walk_any
+from kvmmmu.engine.embed cimport Tables
+from kvmmmu.engine.state cimport Access, MemMap, Translation
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_many, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 
@@ -287,13 +288,14 @@ cdef class WalkColumn:
             PyBuffer_Release(&self.view)
 
 
-cdef class PagingCore:
+cdef class PagingCore(TablesHandle):
     """Tables in plain memory: owns the buffers' exports and the area map (see ``kvmmmu.paging``)."""
 
     cdef Paging paging
     cdef Paging host
     cdef MemMap map
     cdef int hint[2]  # a dimension each
+    cdef Tables tables
     cdef bint ready
     cdef list columns
 
@@ -354,6 +356,10 @@ cdef class PagingCore:
                 bad = load_pdptrs(&self.map, self.hint, regs.cr3, &cpu, self.paging.pdptr)
                 if bad >= 0:
                     raise_pdpte(bad, None)
+        self.tables.guest = &self.paging
+        self.tables.host = &self.host
+        self.tables.map = &self.map
+        self.handle = <kvmmmu_tables *>&self.tables
         self.ready = True
 
     cdef int bind_areas(self, list areas) except -1:
@@ -598,7 +604,7 @@ def record_layouts():
         ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
         ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
         ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
-        ("path", "u1", <size_t>&x.path - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
+        ("path", "u1", <size_t>&x.path - <size_t>&x), ("size", "u1", <size_t>&x.size - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
     )]
     return {
         "access": (access, sizeof(Access)),
@@ -672,7 +678,8 @@ from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
+from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
+from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
@@ -684,11 +691,11 @@ from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
-from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
-from kvmmmu.engine.roles cimport roles_refresh
-from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.moves cimport vcpu_move_to_cr
+from kvmmmu.engine.roots cimport vcpu_reset, roots_sync, vcpu_invlpg, vm_teardown
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
@@ -780,7 +787,7 @@ cdef class Export:
         return <object>self.view.obj
 
 
-cdef class VmCore:
+cdef class VmCore(VmHandle):
     """Owner of one ``Vm``: its arena, its tables, and the buffers its slots point into."""
 
     cdef Vm *vm
@@ -795,6 +802,7 @@ cdef class VmCore:
         if vm == NULL:
             raise MemoryError("no memory for a VM")
         self.vm = vm
+        self.handle = <kvmmmu_vm *>vm
         self.closed = False
         self.exports = {}
         self.next_token = 1
@@ -850,9 +858,12 @@ cdef class VmCore:
 
     def close(self):
         """Let go of every slot and buffer.  The arena stays until nobody refers to this object."""
+        cdef int runs
         if self.closed:
             return
-        self.check_idle("closing the VM")
+        runs = vm_close_begin(self.vm)
+        if runs >= 0:
+            raise VmBusyError(f"vCPU {runs} is running: closing the VM needs every vCPU stopped")
         self.closed = True
         vm_teardown(self.vm)
         slots_lock(self.vm)
@@ -1246,7 +1257,7 @@ cdef uint64_t kind_arg(object kind) except? 0:
     raise ArgumentError(f"kind is {kind!r}; allowed are 'r', 'w', 'x' (or their codes 0, 1, 2)")
 
 
-cdef class VcpuCore:
+cdef class VcpuCore(VcpuHandle):
     """One vCPU of a VM; the struct lives as long as the VM.  ``kvmmmu.VCpu`` is its face."""
 
     cdef VmCore owner
@@ -1268,6 +1279,8 @@ cdef class VcpuCore:
         vcpu.vm = vm
         vcpu.line = line
         model_arg(&vcpu.model, model)
+        if args:
+            vcpu.cr4_absent, vcpu.efer_absent = args[1].absent_bits()
         slots_lock(vm)
         if vm.n_vcpus == MAX_VCPUS:
             slots_unlock(vm)
@@ -1275,11 +1288,12 @@ cdef class VcpuCore:
             free(line)
             raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
         vcpu.id = vm.n_vcpus
-        roles_refresh(vcpu)
+        vcpu_reset(vcpu)
         vm.vcpus[vcpu.id] = vcpu
         vm.lines[vcpu.id] = line
         vm.n_vcpus += 1
         self.vcpu = vcpu
+        self.handle = <kvmmmu_vcpu *>vcpu
         slots_unlock(vm)
 
     @property
@@ -1292,13 +1306,15 @@ cdef class VcpuCore:
         return self.owner
 
     cdef int claim(self) except -1:
-        self.owner.check_open()
-        if xchg_u32(&self.vcpu.busy, 1):
+        cdef int claim = vcpu_claim(self.vcpu)
+        if claim == CLAIM_OK:
+            return 0
+        if claim == CLAIM_BUSY:
             raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
-        return 0
+        raise VmClosedError("the VM was closed")
 
     cdef void release(self) noexcept:
-        st_release_u32(&self.vcpu.busy, 0)
+        vcpu_release(self.vcpu)
 
     # -- registers
 
@@ -1335,14 +1351,7 @@ cdef class VcpuCore:
         cdef uint64_t word = as_word(value, "value")
         cdef int result
         self.claim()
-        if n == 0:
-            result = mov_cr0(self.vcpu, word)
-        elif n == 3:
-            result = load_cr3(self.vcpu, word)
-        elif n == 4:
-            result = mov_cr4(self.vcpu, word)
-        else:
-            result = write_efer(self.vcpu, word)
+        result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
         self.release()
         return result == REG_OK
 
@@ -1650,3 +1659,200 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
         if n <= room:
             return pages[:n], sptes[:n]
         room = n + 64
+
+
+# ---- C table
+
+from cpython.pycapsule cimport PyCapsule_New
+from libc.stddef cimport size_t
+from libc.string cimport strcmp
+from kvmmmu.engine.embed cimport (
+    Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
+    embed_set_sregs, embed_status_text, embed_sync_roots, embed_translate,
+)
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8(object text) except NULL
+
+cdef extern from "kvmmmu/capi.h" nogil:
+    const uint32_t KVMMMU_CAPI_VERSION
+    const char *KVMMMU_CAPI_NAME
+
+    struct kvmmmu_capi:
+        uint32_t version
+        uint32_t size
+        kvmmmu_vm *(*vm_from)(void *owner) except NULL
+        kvmmmu_vcpu *(*vcpu_from)(void *owner) except NULL
+        kvmmmu_tables *(*tables_from)(void *owner) except NULL
+        int (*access)(kvmmmu_vcpu *, uint64_t, uint32_t, uint32_t, int, void *, kvmmmu_access *) noexcept nogil
+        int (*access_many)(kvmmmu_vcpu *, const uint64_t *, const uint8_t *, size_t, uint32_t, int,
+                           kvmmmu_access *) noexcept nogil
+        int (*read)(kvmmmu_vcpu *, uint64_t, void *, size_t, int, size_t *, kvmmmu_access *) noexcept nogil
+        int (*write)(kvmmmu_vcpu *, uint64_t, const void *, size_t, int, size_t *, kvmmmu_access *) noexcept nogil
+        int (*invlpg)(kvmmmu_vcpu *, uint64_t) noexcept nogil
+        int (*load_cr3)(kvmmmu_vcpu *, uint64_t) noexcept nogil
+        int (*sync_roots)(kvmmmu_vcpu *) noexcept nogil
+        int (*get_sregs)(kvmmmu_vcpu *, kvmmmu_sregs *) noexcept nogil
+        int (*set_sregs)(kvmmmu_vcpu *, const kvmmmu_sregs *) noexcept nogil
+        int (*vm_stat_index)(const char *) noexcept nogil
+        int (*vcpu_stat_index)(const char *) noexcept nogil
+        const char *(*vm_stat_name)(int) noexcept nogil
+        const char *(*vcpu_stat_name)(int) noexcept nogil
+        int (*vm_stat)(kvmmmu_vm *, int, uint64_t *) noexcept nogil
+        int (*vcpu_stat)(kvmmmu_vcpu *, int, uint64_t *) noexcept nogil
+        int (*translate)(const kvmmmu_tables *, const uint64_t *, size_t, uint32_t, int,
+                         kvmmmu_translation *) noexcept nogil
+        const char *(*status_text)(int) noexcept nogil
+
+
+cdef class VmHandle:
+    """A VM as other extensions see it: one pointer, see ``kvmmmu/capi.h``."""
+
+
+cdef class VcpuHandle:
+    """A vCPU as other extensions see it."""
+
+
+cdef class TablesHandle:
+    """Tables in plain memory as other extensions see them."""
+
+
+cdef kvmmmu_vm *kvmmmu_vm_from(object owner) except NULL:
+    """Of a ``VM``; the handle lives as long as that and its vCPUs do."""
+    core = getattr(owner, "_core", owner)
+    if not isinstance(core, VmHandle) or (<VmHandle>core).handle == NULL:
+        raise TypeError(f"wanted is a kvmmmu.VM, not {type(owner).__name__}")
+    return (<VmHandle>core).handle
+
+
+cdef kvmmmu_vcpu *kvmmmu_vcpu_from(object owner) except NULL:
+    if not isinstance(owner, VcpuHandle) or (<VcpuHandle>owner).handle == NULL:
+        raise TypeError(f"wanted is a kvmmmu.VCpu, not {type(owner).__name__}")
+    return (<VcpuHandle>owner).handle
+
+
+cdef kvmmmu_tables *kvmmmu_tables_from(object owner) except NULL:
+    if not isinstance(owner, TablesHandle) or (<TablesHandle>owner).handle == NULL:
+        raise TypeError(f"wanted is a kvmmmu.Paging, not {type(owner).__name__}")
+    return (<TablesHandle>owner).handle
+
+
+# For C the same with NULL for "no object"; Cython's ``except NULL`` leaves the exception set.
+cdef kvmmmu_vm *table_vm_from(void *owner) except NULL:
+    return kvmmmu_vm_from(None if owner == NULL else <object>owner)
+
+cdef kvmmmu_vcpu *table_vcpu_from(void *owner) except NULL:
+    return kvmmmu_vcpu_from(None if owner == NULL else <object>owner)
+
+cdef kvmmmu_tables *table_tables_from(void *owner) except NULL:
+    return kvmmmu_tables_from(None if owner == NULL else <object>owner)
+
+
+cdef int kvmmmu_make_access(kvmmmu_vcpu *vcpu, uint64_t gva, uint32_t how, uint32_t size, int cpl, void *data,
+                            kvmmmu_access *result) noexcept nogil:
+    return embed_access(<Vcpu *>vcpu, gva, how, size, cpl, <uint8_t *>data, <Access *>result)
+
+cdef int kvmmmu_access_many(kvmmmu_vcpu *vcpu, const uint64_t *gvas, const uint8_t *how, size_t n, uint32_t size,
+                            int cpl, kvmmmu_access *results) noexcept nogil:
+    return embed_access_many(<Vcpu *>vcpu, gvas, how, n, size, cpl, <Access *>results)
+
+cdef int kvmmmu_read(kvmmmu_vcpu *vcpu, uint64_t gva, void *data, size_t size, int cpl, size_t *done,
+                     kvmmmu_access *last) noexcept nogil:
+    return embed_copy(<Vcpu *>vcpu, gva, KVMMMU_READ, <uint8_t *>data, size, cpl, done, <Access *>last)
+
+cdef int kvmmmu_write(kvmmmu_vcpu *vcpu, uint64_t gva, const void *data, size_t size, int cpl, size_t *done,
+                      kvmmmu_access *last) noexcept nogil:
+    return embed_copy(<Vcpu *>vcpu, gva, KVMMMU_WRITE, <uint8_t *>data, size, cpl, done, <Access *>last)
+
+cdef int kvmmmu_invlpg(kvmmmu_vcpu *vcpu, uint64_t gva) noexcept nogil:
+    return embed_invlpg(<Vcpu *>vcpu, gva)
+
+cdef int kvmmmu_load_cr3(kvmmmu_vcpu *vcpu, uint64_t value) noexcept nogil:
+    return embed_load_cr3(<Vcpu *>vcpu, value)
+
+cdef int kvmmmu_sync_roots(kvmmmu_vcpu *vcpu) noexcept nogil:
+    return embed_sync_roots(<Vcpu *>vcpu)
+
+cdef int kvmmmu_get_sregs(kvmmmu_vcpu *vcpu, kvmmmu_sregs *sregs) noexcept nogil:
+    return embed_get_sregs(<Vcpu *>vcpu, <Sregs *>sregs)
+
+cdef int kvmmmu_set_sregs(kvmmmu_vcpu *vcpu, const kvmmmu_sregs *sregs) noexcept nogil:
+    return embed_set_sregs(<Vcpu *>vcpu, <const Sregs *>sregs)
+
+cdef int kvmmmu_translate(const kvmmmu_tables *tables, const uint64_t *gvas, size_t n, uint32_t how, int cpl,
+                          kvmmmu_translation *results) noexcept nogil:
+    return embed_translate(<const Tables *>tables, gvas, n, how, cpl, <Translation *>results)
+
+
+# Counters by name: the C strings belong to the two tuples, which this module holds for good.
+cdef tuple stat_names_held = (VM_STATS_ORDER, VCPU_STATS_ORDER)
+cdef const char *vm_stat_names[VM_STATS]
+cdef const char *vcpu_stat_names[VCPU_STATS]
+for stat_number in range(VM_STATS):
+    vm_stat_names[stat_number] = PyUnicode_AsUTF8(VM_STATS_ORDER[stat_number])
+for stat_number in range(VCPU_STATS):
+    vcpu_stat_names[stat_number] = PyUnicode_AsUTF8(VCPU_STATS_ORDER[stat_number])
+del stat_number
+
+cdef int name_index(const char **names, int n, const char *name) noexcept nogil:
+    cdef int i
+    if name != NULL:
+        for i in range(n):
+            if strcmp(names[i], name) == 0:
+                return i
+    return -1
+
+cdef int kvmmmu_vm_stat_index(const char *name) noexcept nogil:
+    return name_index(vm_stat_names, VM_STATS, name)
+
+cdef int kvmmmu_vcpu_stat_index(const char *name) noexcept nogil:
+    return name_index(vcpu_stat_names, VCPU_STATS, name)
+
+cdef const char *kvmmmu_vm_stat_name(int index) noexcept nogil:
+    return vm_stat_names[index] if 0 <= index < VM_STATS else NULL
+
+cdef const char *kvmmmu_vcpu_stat_name(int index) noexcept nogil:
+    return vcpu_stat_names[index] if 0 <= index < VCPU_STATS else NULL
+
+cdef int kvmmmu_vm_stat(kvmmmu_vm *vm, int index, uint64_t *value) noexcept nogil:
+    if vm == NULL or value == NULL or not 0 <= index < VM_STATS:
+        return KVMMMU_E_ARGUMENT
+    value[0] = ld_u64(&(<Vm *>vm).stats[index])
+    return KVMMMU_OK
+
+cdef int kvmmmu_vcpu_stat(kvmmmu_vcpu *vcpu, int index, uint64_t *value) noexcept nogil:
+    if vcpu == NULL or value == NULL or not 0 <= index < VCPU_STATS:
+        return KVMMMU_E_ARGUMENT
+    value[0] = ld_u64(&(<Vcpu *>vcpu).stats[index])
+    return KVMMMU_OK
+
+
+cdef const char *kvmmmu_status_text(int status) noexcept nogil:
+    return embed_status_text(status)
+
+
+cdef kvmmmu_capi capi_table
+capi_table.version = KVMMMU_CAPI_VERSION
+capi_table.size = <uint32_t>sizeof(kvmmmu_capi)
+capi_table.vm_from = table_vm_from
+capi_table.vcpu_from = table_vcpu_from
+capi_table.tables_from = table_tables_from
+capi_table.access = kvmmmu_make_access
+capi_table.access_many = kvmmmu_access_many
+capi_table.read = kvmmmu_read
+capi_table.write = kvmmmu_write
+capi_table.invlpg = kvmmmu_invlpg
+capi_table.load_cr3 = kvmmmu_load_cr3
+capi_table.sync_roots = kvmmmu_sync_roots
+capi_table.get_sregs = kvmmmu_get_sregs
+capi_table.set_sregs = kvmmmu_set_sregs
+capi_table.vm_stat_index = kvmmmu_vm_stat_index
+capi_table.vcpu_stat_index = kvmmmu_vcpu_stat_index
+capi_table.vm_stat_name = kvmmmu_vm_stat_name
+capi_table.vcpu_stat_name = kvmmmu_vcpu_stat_name
+capi_table.vm_stat = kvmmmu_vm_stat
+capi_table.vcpu_stat = kvmmmu_vcpu_stat
+capi_table.translate = kvmmmu_translate
+capi_table.status_text = kvmmmu_status_text
+_C_API = PyCapsule_New(&capi_table, KVMMMU_CAPI_NAME, NULL)
+# ---- end of C table

@@ -109,16 +109,17 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
     a later piece faults, so a fault in the second page hides the first.
     """
     cdef int done = 0, now, kind
-    cdef uint64_t gpa = 0, value = 0
+    cdef uint64_t gpa = 0, value = 0, here
     out.n_mmio = 0
     while done < size:
+        here = (gva + <uint64_t>done) & vcpu.guest.va_mask
         now = size - done
-        if now > 4096 - <int>((gva + <uint64_t>done) & 4095):
-            now = 4096 - <int>((gva + <uint64_t>done) & 4095)
-        kind = piece_gpa(vcpu, gva + <uint64_t>done, access, known_gpa, &gpa)
+        if now > 4096 - <int>(here & 4095):
+            now = 4096 - <int>(here & 4095)
+        kind = piece_gpa(vcpu, here, access, known_gpa, &gpa)
         if kind == PIECE_FAULT:
             out.n_mmio = 0
-            out.fault_gva = gva + <uint64_t>done
+            out.fault_gva = here
             return PIECE_FAULT
         if done == 0:
             out.gpa = gpa

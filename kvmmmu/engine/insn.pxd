@@ -230,6 +230,8 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     cdef uint8_t *host
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
+    # An event that was being delivered is forgotten once an instruction is emulated.
+    vcpu.vectoring = 0
     if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
         inject_guest_fault(vcpu, vcpu.rip, out)
         return False
@@ -247,7 +249,7 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     """The fetch alone, of an instruction without memory operands."""
-    access_begin(out)
+    access_begin(out, insn.code_size)
     vcpu.rip = insn.code_gva
     vcpu.retry_rip = 0
     vcpu.retry_address = 0
@@ -290,7 +292,7 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     cdef uint64_t here = 0, known = ALL_ONES, address
     cdef bint cached
     cdef Operand code
-    access_begin(out)
+    access_begin(out, insn.size)
     insn.n_exits = 0
     insn.wants_data = 0
     insn.read_done = 0

@@ -111,6 +111,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     regs.cr4 = CR4_PAE
     regs.efer = EFER_NX
     regs.pkru = vcpu.regs.pkru
+    # The width of linear addresses is the guest's own, whoever made the tables.
     regs.compat = vcpu.regs.compat
     if level >= 4:
         regs.efer |= EFER_LME | EFER_LMA

@@ -256,6 +256,7 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
     cdef int i
     if tdp_enabled(vcpu.vm):
         return
+    gva &= vcpu.guest.va_mask
     vcpu.stats[<int>VSTAT_INVLPG] += 1
     if vcpu.root_role & ROLE_DIRECT:
         mmio_cache_clear_gva(vcpu, gva)
@@ -326,6 +327,12 @@ cdef inline void vm_teardown(Vm *vm) noexcept nogil:
     mmu_write_unlock(vm)
     for i in range(vm.n_vcpus):
         roots_free(vm.vcpus[i], ROOTS_ALL)
+
+cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
+    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor."""
+    roles_refresh(vcpu)
+    if not vcpu.vm.host.amd:
+        request(vcpu, REQ_TLB_FLUSH)
 
 # ---- VM entry -----------------------------------------------------------------------
 

@@ -9,6 +9,10 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from kvmmmu.bits.paging cimport CpuModel, CpuRegs, Paging
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport SpteMasks
+from kvmmmu.engine.answers cimport (
+    Access, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF,
+    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Translation,
+)
 
 cdef extern from "kvmmmu/lock.h" nogil:
     cdef struct kvmmmu_line:
@@ -345,6 +349,8 @@ cdef struct Vcpu:
     uint32_t busy         # 1 while a thread runs it
     CpuRegs regs
     CpuModel model        # what the guest's CPUID says
+    uint64_t cr4_absent   # control bits of features that it says are not there
+    uint64_t efer_absent
     uint8_t cpl
     uint8_t ac            # EFLAGS.AC
     uint8_t long_cs       # CS.L: 64-bit code
@@ -429,38 +435,11 @@ cdef struct Vm:
     uint8_t valid_gen
     uint8_t rmaps         # slots carry rmaps (shadow MMU in use)
     int32_t tdp_roots     # chain through list_next
+    uint32_t closed       # 1 once closed: no vCPU may be claimed any more
     uint64_t stats[32]
     EventRing events
 
-# ---- one access and what became of it ---------------------------------------------
-
-cdef enum:
-    OUTCOME_OK = 0
-    OUTCOME_MMIO = 1            # the caller must complete it: mmio_gpa, mmio_size
-    OUTCOME_PF = 2              # #PF(error_code) at fault_gva
-    OUTCOME_GP = 3              # #GP(0)
-    OUTCOME_INTERNAL_ERROR = 4  # KVM gives up: no instruction to emulate
-    OUTCOME_SHUTDOWN = 5        # triple fault
-    OUTCOME_HANG = 6            # exits without progress
-    OUTCOME_ERROR = 7           # error_code is an errno
-
-cdef enum:
-    PATH_HARDWARE = 0   # the processor alone
-    PATH_FAULT = 1      # page faults, then the processor
-    PATH_EMULATED = 2   # KVM made the access
-
-cdef struct Access:
-    uint64_t gpa          # of the first byte; all ones where none is known
-    uint64_t error_code
-    uint64_t fault_gva
-    uint64_t mmio_gpa[2]  # pieces that no memory took, one per page
-    uint8_t mmio_size[2]
-    uint8_t mmio_offset[2]  # of the piece in the access
-    uint8_t n_mmio
-    uint8_t outcome
-    uint8_t path
-    uint8_t suberror      # of OUTCOME_INTERNAL_ERROR: SUBERROR_*
-    uint32_t exits
+# ---- one access: what becomes of it stands in answers.pxd -----------------------------
 
 cdef enum:
     SUBERROR_EMULATION = 1
