@@ -33,6 +33,8 @@ class PdpteQuirks:
     def __init__(self, vcpu: VCpu, host: Host, artefacts: frozenset[str]) -> None:
         self.vcpu = vcpu
         self.host = host
+        # Where the processor found a present entry, and what it was.
+        self.walked: dict[int, int] = {}
         self.on = {"pdpte_accessed", "pdpte_unchecked"} <= artefacts
 
     def walk(self, *gvas: int) -> None:
@@ -42,8 +44,23 @@ class PdpteQuirks:
         for gva in gvas:
             place = self._table(self.vcpu.regs.cr3) + 8 * (gva >> 30 & 3)
             entry = self._entry(place)
-            if entry & _PRESENT and not entry & _ACCESSED:
-                self._put(place, entry | _ACCESSED)
+            if entry & _PRESENT:
+                self.walked[place] = entry
+
+    @contextmanager
+    def accessed(self) -> Iterator[None]:
+        """KVM reads the entries as the emulator left them.
+
+        The model's processor would not run with them, so they stand in memory only meanwhile.
+        """
+        marked = {place: entry for place, entry in self.walked.items() if self._entry(place) == entry}
+        for place, entry in marked.items():
+            self._put(place, entry | _ACCESSED)
+        try:
+            yield
+        finally:
+            for place, entry in marked.items():
+                self._put(place, entry)
 
     @contextmanager
     def unchecked(self, cr3: int | None = None) -> Iterator[None]:

@@ -198,7 +198,8 @@ class Processor:
             with self._pdptes.unchecked(value):
                 return self._try(self.vcpu.load_cr3, value)
         load = {"cr0": self.vcpu.mov_cr0, "cr4": self.vcpu.mov_cr4}
-        return self._try(load.get(name, self.vcpu.write_efer), value)
+        with self._pdptes.accessed():
+            return self._try(load.get(name, self.vcpu.write_efer), value)
 
     @staticmethod
     def _try(load: Callable[[int], None], value: int) -> bool:
