@@ -695,7 +695,7 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport vcpu_reset, roots_sync, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.roots cimport vcpu_init, vcpu_reset, roots_sync, vcpu_invlpg, vm_teardown
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
@@ -1373,6 +1373,12 @@ cdef class VcpuCore(VcpuHandle):
         vcpu_invlpg(self.vcpu, word)
         self.release()
 
+    def init(self):
+        """INIT the vCPU: paging off, every root dropped (what KVM on AMD does when the guest shut down)."""
+        self.claim()
+        vcpu_init(self.vcpu)
+        self.release()
+
     def sync_roots(self):
         """Bring every unsync shadow page under the current root in line with the guest's tables.
 
@@ -1456,7 +1462,7 @@ cdef class VcpuCore(VcpuHandle):
         return result, <bytes>buffer[:n]
 
     def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
-                 int vectoring, mmio_read):
+                 bint refetch, int vectoring, mmio_read):
         """One instruction to its end: (AccessResult, suberror, MMIO exits, result).
 
         ``mmio_read(gpa, size)`` returns the bytes a device gives; exits are (is write, gpa, size, data).
@@ -1476,6 +1482,7 @@ cdef class VcpuCore(VcpuHandle):
         insn.code_gva = as_word(code_gva, "code_gva")
         insn.code_size = <uint8_t>code_size
         insn.split_rmw = split_rmw
+        insn.refetch = refetch
         self.claim()
         try:
             self.vcpu.cpl = <uint8_t>cpl
@@ -1625,10 +1632,10 @@ TREE_PAGE_DTYPE = np.dtype(
 assert TREE_PAGE_DTYPE.itemsize == sizeof(TreePage)
 
 
-def tree_copy_of(VcpuCore core not None, bint everything):
+def tree_copy_of(VcpuCore core not None, bint everything, int previous):
     """Pages under the vCPU's root (all there are: ``everything``): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
 
-    The first page is the root; there is none before the first entry.
+    The first page is the root (``previous`` 0 to 2: that previous root); there is none before the first entry.
     """
     cdef Vm *vm = core.owner.vm
     cdef int32_t *ids = NULL
@@ -1647,7 +1654,7 @@ def tree_copy_of(VcpuCore core not None, bint everything):
         seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
         ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
         if seen != NULL and ids != NULL:
-            n = tree_list(core.vcpu, everything, seen, ids)
+            n = tree_list(core.vcpu, everything, previous, seen, ids)
             if n <= room:
                 tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
         mmu_write_unlock(vm)

@@ -379,6 +379,7 @@ class VCpu(VcpuCore):
         code_size: int = 0,
         cpl: SupportsIndex | None = None,
         split_rmw: bool = False,
+        refetch: bool = False,
         vectoring: int | None = None,
         mmio_read: Callable[[int, int], bytes] | None = None,
     ) -> Execution:
@@ -405,6 +406,8 @@ class VCpu(VcpuCore):
             The vCPU's own by default.
         split_rmw : bool
             The processor reports a faulting ``add`` or ``cmpxchg`` as a read first (some emulators do).
+        refetch : bool
+            The processor keeps no translation over a VM exit: it fetches the instruction anew after each.
         vectoring : int, optional
             The access belongs to the delivery of this exception; 8 is a double fault, beyond which there is none.
         mmio_read : callable, optional
@@ -440,6 +443,7 @@ class VCpu(VcpuCore):
             index_in("code_size", code_size, 0, 15),
             self._cpl(cpl),
             split_rmw,
+            refetch,
             0 if vectoring is None else index_in("vectoring", vectoring, 1, 31),
             device if mmio_read is None else mmio_read,
         )

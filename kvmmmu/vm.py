@@ -146,7 +146,9 @@ class VM:
         self._vcpus.append(vcpu)
         return vcpu
 
-    def page_tables(self, vcpu: VCpu | None = None, *, all: bool = False) -> PageTables:
+    def page_tables(
+        self, vcpu: VCpu | None = None, *, all: bool = False, previous: int | None = None
+    ) -> PageTables:
         """Copy the tables KVM built for a vCPU.
 
         Parameters
@@ -155,6 +157,8 @@ class VM:
             The only one by default.
         all : bool
             Previous roots too, and pages that no root reaches.
+        previous : int, optional
+            Begin at the previous root 0, 1 or 2 (the latest first) instead of the current one.
 
         Returns
         -------
@@ -174,7 +178,9 @@ class VM:
             vcpu = self._vcpus[0]
         if vcpu.vm is not self:
             raise ArgumentError("vcpu belongs to another VM")
-        return PageTables(vcpu, bool(all))
+        if previous is not None:
+            previous = index_in("previous", previous, 0, 2)
+        return PageTables(vcpu, bool(all), previous)
 
     # -- shadow pages, dirty log, host pages
 

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
-from kvmmmu.engine.events cimport ev_inj_exception, ev_match_mmio
+from kvmmmu.engine.events cimport MMIO_WRITE, ev_inj_exception, ev_match_mmio, ev_mmio
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
@@ -109,7 +109,7 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
     a later piece faults, so a fault in the second page hides the first.
     """
     cdef int done = 0, now, kind
-    cdef uint64_t gpa = 0, here
+    cdef uint64_t gpa = 0, value = 0, here
     out.n_mmio = 0
     while done < size:
         here = (gva + <uint64_t>done) & vcpu.guest.va_mask
@@ -128,6 +128,10 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
             out.mmio_size[out.n_mmio] = <uint8_t>now
             out.mmio_offset[out.n_mmio] = <uint8_t>done
             out.n_mmio += 1
+            if access & PFERR_WRITE and data != NULL:
+                # Traced as it is queued, even if a later piece faults and nothing leaves.
+                memcpy(&value, data + done, now)
+                ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, now, gpa, value & (ALL_ONES >> (64 - 8 * now)))
         done += now
     if out.n_mmio:
         out.outcome = OUTCOME_MMIO

@@ -11,7 +11,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_NONE
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64
 from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulate_transfer, inject_guest_fault
-from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, MMIO_WRITE, ev_emulate_insn, ev_mmio
+from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, ev_emulate_insn, ev_mmio
 from kvmmmu.engine.guest cimport guest_host, guest_walk
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.hostpages cimport host_write
@@ -146,21 +146,16 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, insn.size, insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, out.mmio_size[0], insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT
 
 
 cdef inline int emulate_write(Vcpu *vcpu, Insn *insn, uint64_t data, uint64_t known_gpa, Access *out) noexcept nogil:
-    cdef int i, kind
-    cdef uint64_t piece
-    kind = emulate_transfer(vcpu, insn.gva, user_bit(vcpu) | PFERR_WRITE, insn.size, <uint8_t *>&data, known_gpa, out)
-    if kind == PIECE_FAULT:
+    if emulate_transfer(vcpu, insn.gva, user_bit(vcpu) | PFERR_WRITE, insn.size, <uint8_t *>&data, known_gpa,
+                        out) == PIECE_FAULT:
         return STEP_FAULT
-    for i in range(out.n_mmio):
-        piece = (data >> (8 * out.mmio_offset[i])) & (ALL_ONES >> (64 - 8 * out.mmio_size[i]))
-        ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, out.mmio_size[i], out.mmio_gpa[i], piece)
     exits_add(insn, out, data, True)
     return STEP_DONE
 
@@ -293,7 +288,8 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     """
     cdef int fault, result
     cdef uint64_t here = 0, known = ALL_ONES, address
-    cdef bint cached, fast
+    cdef bint cached
+    cdef Operand code
     access_begin(out, insn.size)
     insn.n_exits = 0
     insn.wants_data = 0
@@ -303,9 +299,14 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     while True:
         if enter_ends(vcpu, out):
             return
-        fault = hardware_insn(vcpu, insn, &here, out)
+        fault = FAULT_NONE
+        if insn.refetch and out.exits:
+            # Its translation is not cached any more: the processor fetches the instruction again.
+            fault = operand_translate(vcpu, insn.code_gva, user_bit(vcpu) | PFERR_FETCH, 1, &code, &here, out)
         if fault == FAULT_NONE:
-            return
+            fault = hardware_insn(vcpu, insn, &here, out)
+            if fault == FAULT_NONE:
+                return
         if guest_own_fault(vcpu, fault, here, out):
             return
         out.exits += 1

@@ -370,6 +370,7 @@ cdef struct Vcpu:
     uint32_t root_role
     Root root
     Root prev_roots[3]
+    int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
     uint64_t stats[32]
@@ -471,6 +472,7 @@ cdef struct Insn:
     uint8_t op            # INSN_*
     uint8_t size          # of the operand: 1, 2, 4 or 8
     uint8_t split_rmw     # the processor reports a faulting ADD or CMPXCHG as a read first
+    uint8_t refetch       # the instruction is fetched again after every exit
     uint8_t known         # the emulator has the operand's gpa from the exit
     uint64_t known_gpa
     # out

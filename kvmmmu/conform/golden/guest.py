@@ -163,6 +163,7 @@ class Guest:
         elif done.outcome == Outcome.INTERNAL_ERROR:
             # KVM gives up for the kernel; a user program gets #UD.
             if self.cpl == 3 and done.suberror == _EMULATION:
+                self.processor.inject(_UD)
                 self.raise_fault(_UD)
             self.end("internal", suberror=str(done.suberror))
         elif done.outcome == Outcome.SHUTDOWN:
@@ -293,6 +294,26 @@ class Guest:
         self.check(done)
         self.next(instruction)
 
+    def _nop(self, instruction: Instruction) -> None:
+        self.next(instruction)
+
+    def _push(self, instruction: Instruction) -> None:
+        self.push(self.load(instruction.source, instruction.size, instruction), instruction)
+        self.next(instruction)
+
+    def _pusha(self, instruction: Instruction) -> None:
+        stack = self.registers["rsp"]
+        for name in ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"):
+            value = stack if name == "rsp" else self.registers[name]
+            self.push(value & (1 << 8 * instruction.size) - 1, instruction)
+        self.next(instruction)
+
+    def push(self, value: int, instruction: Instruction) -> None:
+        """Put a value on the stack."""
+        gva = self.registers["rsp"] - instruction.size & self.mask
+        self.access("w", gva, instruction.size, instruction, value=value)
+        self.registers["rsp"] = gva
+
     def _jump(self, instruction: Instruction) -> None:
         assert isinstance(instruction.source, Register)
         self.rip = self.registers[instruction.source.name]
@@ -389,12 +410,18 @@ class Guest:
         word = 8 if self.long else 4
         words = 3 + 2 * (self.long or self.cpl > 0) + (vector in _HAS_ERROR)
         plan.append((top - word * words, word, True))
-        for gva, size, write in plan:
+        position = 0
+        while position < len(plan):
+            gva, size, write = plan[position]
             done = self.processor.system(vector, gva & self.mask, size, self.rip, write=write)
-            if done.exits:
-                self.flush()
             if done.outcome != Outcome.OK:
                 return done
+            position += 1
+            if done.exits:
+                # KVM injects the event again, and the processor starts over.
+                self.flush()
+                if "empty_tlb" in self.processor.artefacts and position > 1:
+                    position = 0
         self.cpl = 0
         self.processor.mode(0, False)
         return None

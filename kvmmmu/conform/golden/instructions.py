@@ -54,7 +54,7 @@ class Instruction:
     Attributes
     ----------
     name : str
-        mov, movzx, an arithmetic operation or shift, cmpxchg, movs, jump, invlpg, cr, wrmsr, out, hlt.
+        mov, movzx, an arithmetic operation or shift, cmpxchg, movs, jump, invlpg, cr, wrmsr, push, pusha, out, hlt, nop.
     length : int
         Bytes of code.
     size : int
@@ -126,7 +126,7 @@ def decode(code: bytes, long: bool) -> Instruction:
     opcode = _opcode(cursor, prefixes, long)
     if long and opcode in _NOT_IN_LONG:
         raise UndefinedInstruction
-    instruction = _plain(opcode, cursor, prefixes) or _arithmetic(opcode, cursor, prefixes, long)
+    instruction = _plain(opcode, cursor, prefixes, long) or _arithmetic(opcode, cursor, prefixes, long)
     if instruction is None:
         instruction = _other(opcode, cursor, prefixes, long)
     if instruction is None:
@@ -149,7 +149,7 @@ def _opcode(cursor: _Cursor, prefixes: _Prefixes, long: bool) -> int:
     return 0x0F00 | cursor.take() if byte == 0x0F else byte
 
 
-def _plain(opcode: int, cursor: _Cursor, prefixes: _Prefixes) -> Instruction | None:
+def _plain(opcode: int, cursor: _Cursor, prefixes: _Prefixes, long: bool) -> Instruction | None:
     """Instructions without a ModRM byte."""
     if opcode == 0xE6:
         port = cursor.take()
@@ -160,6 +160,36 @@ def _plain(opcode: int, cursor: _Cursor, prefixes: _Prefixes) -> Instruction | N
         return Instruction("movs", cursor.at, prefixes.size)
     if opcode == 0x0F30:
         return Instruction("wrmsr", cursor.at)
+    if opcode == 0x90:
+        return Instruction("nop", cursor.at)
+    if opcode & ~0xF == 0x70:
+        distance = cursor.signed(1)
+        # Flags are not kept; a branch to the next instruction needs none.
+        return Instruction("nop", cursor.at) if distance == 0 else None
+    return _block(opcode, cursor, prefixes, long)
+
+
+def _block(opcode: int, cursor: _Cursor, prefixes: _Prefixes, long: bool) -> Instruction | None:
+    """Opcodes whose low bits are a register."""
+    number = opcode & 7 | (prefixes.rex & 1) << 3
+    if opcode & ~0xF == 0x40 and not long:
+        name = "sub" if opcode & 8 else "add"
+        return Instruction(name, cursor.at, prefixes.size, Register(_REGISTERS[opcode & 7]), 1)
+    if opcode & ~7 == 0x50:
+        return Instruction("push", cursor.at, 8 if long else prefixes.size, source=Register(_REGISTERS[number]))
+    if opcode == 0x60:
+        return Instruction("pusha", cursor.at, prefixes.size)
+    if opcode & ~7 == 0xB0:
+        return Instruction("mov", cursor.at + 1, 1, _register(number, 1, prefixes.rex), cursor.take())
+    if opcode & ~7 == 0xB8:
+        return Instruction(
+            "mov", cursor.at + prefixes.size, prefixes.size, Register(_REGISTERS[number]), cursor.take(prefixes.size)
+        )
+    if opcode & ~3 == 0xA0:
+        width = prefixes.size if opcode & 1 else 1
+        place = Memory(None, None, 1, cursor.take(8 if long else 4), False)
+        dest, source = (place, Register("rax")) if opcode & 2 else (Register("rax"), place)
+        return Instruction("mov", cursor.at, width, dest, source)
     return None
 
 

@@ -84,6 +84,7 @@ class Processor:
         self.exits = Exits(configuration.amd, not self.shadow)
         self.note = recorder.note
         self._split_rmw = "rmw_reads_first" in artefacts
+        self._refetch = "empty_tlb" in artefacts
 
     def fetch(self, rip: int) -> Done:
         """Fetch an instruction's first byte."""
@@ -109,6 +110,7 @@ class Processor:
                 code_gva=rip,
                 code_size=length,
                 split_rmw=self._split_rmw,
+                refetch=self._refetch,
                 mmio_read=mmio_bytes,
             )
         )
@@ -127,6 +129,10 @@ class Processor:
             not self.shadow and result.path != Path.EMULATED,
             result.path == Path.EMULATED,
         )
+
+    def inject(self, vector: int, error_code: int | None = None) -> None:
+        """KVM injects an exception."""
+        self.vcpu.inject(vector, error_code)
 
     # -- registers
 
@@ -204,3 +210,6 @@ class Processor:
     def shutdown(self, rip: int) -> None:
         """The processor triple-faults."""
         self.note(self.exits.shutdown_line(rip))
+        if self.exits.amd:
+            # The VMCB is undefined after a shutdown, so KVM resets the vCPU.
+            self.vcpu.init()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmmmu.conform.golden.events import without_present
+from kvmmmu.conform.golden.events import lines_without_present
 from kvmmmu.conform.golden.host import Host
 from kvmmmu.vm import VM
 
@@ -48,4 +48,4 @@ class Recorder:
         records = self.vm.events.drain()
         if len(records):
             lines = self.vm.events.text(records, roles=True, hva_name=self.host.name).splitlines()
-            self._lines += map(without_present, lines) if self._without_present else lines
+            self._lines += lines_without_present(lines) if self._without_present else lines

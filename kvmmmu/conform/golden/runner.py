@@ -124,7 +124,11 @@ def compare(
             elif part[0] == "3":
                 assert expected.tree is not None
                 difference = trees_differ(
-                    expected.tree, tree, accessed_dirty=part == "3-ad", ept=configuration.mmu == "ept"
+                    expected.tree,
+                    tree,
+                    accessed_dirty=part == "3-ad",
+                    ept=configuration.mmu == "ept",
+                    roots_accessed="pdpte_accessed" in configuration.artefacts,
                 )
             elif part == "4":
                 difference = events_differ(structural_lines(recorded), structural_lines(lines))
