@@ -230,6 +230,8 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     cdef uint8_t *host
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
+    # An event that was being delivered is forgotten once an instruction is emulated.
+    vcpu.vectoring = 0
     if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
         inject_guest_fault(vcpu, vcpu.rip, out)
         return False

@@ -29,8 +29,6 @@ ARTEFACTS: Final = MappingProxyType(
     }
 )
 
-# Guests of the runs see 40 physical address bits whatever the host has.
-_GUEST_BITS: Final = 40
 # Intel processors before 2019 cache 44 address bits and have the L1TF flaw (Intel security advisory SA-00161).
 _L1_CACHE_BITS: Final = 44
 
@@ -93,7 +91,7 @@ def configure(setup: Setup, where: str) -> Configuration:
             la57=features["la57"],
         ),
         guest=GuestCpu(
-            maxphyaddr=_GUEST_BITS,
+            maxphyaddr=setup.maxphyaddr,
             gbpages="pdpe1gb" in setup.flags,
             pku="pku" in setup.flags,
             vendor=setup.vendor,

@@ -32,6 +32,8 @@ _HAS_ERROR = frozenset({_DF, 10, 11, 12, _GP, _PF, 17})
 _KVM_EXIT_HLT, _KVM_EXIT_SHUTDOWN = 5, 8
 _EMULATION = 1
 # An operation is a few instructions; one that runs on through zeros is still finite.
+# Beyond a triple fault there is nothing: more deliveries than these make no progress.
+_MAX_DELIVERIES = 64
 _MAX_STEPS = 1 << 20
 _ARITHMETIC = frozenset(ARITHMETIC + SHIFTS)
 
@@ -380,17 +382,19 @@ class Guest:
 
     def deliver(self, vector: int) -> None:
         """The processor's own accesses: IDT, GDT, TSS, and the frame on the stack (SDM vol. 3A section 6.14)."""
-        while True:
+        for _ in range(_MAX_DELIVERIES):
             done = self.delivery(vector)
             if done is None:
                 self.rip = self.script.sysgva + stubs.HANDLERS + 4 * vector
                 return
             if done.outcome not in (Outcome.PF, Outcome.GP):
                 self.check(done)
-            if vector == _DF:
+            # What was being delivered is forgotten once KVM emulates something: the fault is a first one again.
+            pending = 0 if done.emulated else vector
+            if pending == _DF:
                 self.shutdown()
             # Of two faults a page fault makes a double fault only of another page fault (SDM vol. 3A table 6-5).
-            if vector == _PF or done.outcome == Outcome.GP and vector == _GP:
+            if pending == _PF or done.outcome == Outcome.GP and pending == _GP:
                 vector = _DF
                 self.fault = {"exc": str(_DF), "err": "0", "ip": self.fault["ip"]}
             else:
@@ -398,6 +402,7 @@ class Guest:
                 self.fault = {"exc": str(vector), "err": f"{self.visible(done):x}", "ip": self.fault["ip"]}
                 if vector == _PF:
                     self.fault["cr2"] = f"{done.gva:x}"
+        self.end("hang")
 
     def delivery(self, vector: int) -> Done | None:
         """Try once; None when the handler may start."""

@@ -5,12 +5,14 @@ The only file that calls the vCPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
 from kvmmmu.conform.golden.configuration import Configuration
 from kvmmmu.conform.golden.exits import Exits
+from kvmmmu.conform.golden.pdptes import PdpteQuirks
 from kvmmmu.conform.golden.recorder import Recorder
 from kvmmmu.errors import ArgumentError, GuestFaultError
 from kvmmmu.outcome import Outcome, Path
@@ -83,22 +85,27 @@ class Processor:
         self.shadow = configuration.mmu == "shadow"
         self.exits = Exits(configuration.amd, not self.shadow)
         self.note = recorder.note
+        self.host = recorder.host
+        self._pdptes = PdpteQuirks(vcpu, recorder.host, artefacts)
         self._split_rmw = "rmw_reads_first" in artefacts
         self._refetch = "empty_tlb" in artefacts
 
     def fetch(self, rip: int) -> Done:
         """Fetch an instruction's first byte."""
+        self._pdptes.walk(rip)
         return self._done(self.vcpu.execute("fetch", rip, size=1, code_gva=rip))
 
     def system(self, vector: int, gva: int, size: int, rip: int, *, write: bool = False) -> Done:
         """A supervisor's access to a system structure while an event is delivered."""
         kind = "store" if write else "load"
+        self._pdptes.walk(gva)
         return self._done(self.vcpu.execute(kind, gva, size=size, cpl=0, code_gva=rip, vectoring=vector))
 
     def memory(
         self, kind: str, gva: int, size: int, rip: int, length: int, *, value: int = 0, old: int = 0, src: int = 0
     ) -> Done:
         """A load (``r``), store (``w``), ``add``, ``cas`` or ``movs`` that stands at ``rip``."""
+        self._pdptes.walk(gva, src if kind == "movs" else gva)
         return self._done(
             self.vcpu.execute(
                 _OPERATIONS[kind],
@@ -138,7 +145,8 @@ class Processor:
 
     def set_sregs(self, **registers: int) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
-        self.vcpu.set_sregs(**registers)
+        with self._pdptes.unchecked():
+            self.vcpu.set_sregs(**registers)
 
     def mode(self, cpl: int, ac: bool) -> None:
         """The privilege level and RFLAGS.AC from now on."""
@@ -186,9 +194,16 @@ class Processor:
         """False: #GP."""
         if name == "cr4" and value & _CR4_PCIDE and not self.pcid:
             return False
-        load = {"cr0": self.vcpu.mov_cr0, "cr3": self.vcpu.load_cr3, "cr4": self.vcpu.mov_cr4}
+        if name == "cr3":
+            with self._pdptes.unchecked(value):
+                return self._try(self.vcpu.load_cr3, value)
+        load = {"cr0": self.vcpu.mov_cr0, "cr4": self.vcpu.mov_cr4}
+        return self._try(load.get(name, self.vcpu.write_efer), value)
+
+    @staticmethod
+    def _try(load: Callable[[int], None], value: int) -> bool:
         try:
-            load.get(name, self.vcpu.write_efer)(value)
+            load(value)
         except (GuestFaultError, ArgumentError):
             return False
         return True
