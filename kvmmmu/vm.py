@@ -7,6 +7,7 @@ from typing import Final, Literal, Self, get_args
 
 from kvmmmu._core import VmCore
 from kvmmmu.behaviour import MMIO_SCHEMES, Behaviour, MmioScheme
+from kvmmmu.check import check_vm
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError
 from kvmmmu.events import Events
@@ -136,6 +137,24 @@ class VM:
         if not isinstance(guest, GuestCpu):
             raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
         return VCpu(self._core, guest.model(), self, guest)
+
+    def check(self) -> None:
+        """Check every invariant of the shadow pages, roots, slots and counters on a copy of the state.
+
+        Raises
+        ------
+        InvariantError
+            Something is not consistent; ``violations`` lists each invariant, page and expectation.
+        VmBusyError
+            A vCPU is running.
+        VmClosedError
+            The VM was closed.
+
+        Notes
+        -----
+        Takes time and memory in proportion to the shadow pages ever used at once and to the slots.
+        """
+        check_vm(self._core)
 
     def close(self) -> None:
         """Let go of every slot and every buffer; counters and events can still be read.
