@@ -136,6 +136,53 @@ def bench_is_mmio(against: Callable[..., None], compile_c: Callable[[str], ctype
     )
 
 
+class Format(ctypes.Structure):
+    _fields_ = [("present", ctypes.c_uint64), ("reserved", ctypes.c_uint64 * 2), ("bad_low", ctypes.c_uint64)]
+
+
+def ones(high: int, low: int) -> int:
+    return (1 << high + 1) - (1 << low)
+
+
+# Level 2 of a host with 46 address bits, by the manuals' tables.
+RESERVED = {
+    "shadow": Format(1, (ones(51, 46), ones(51, 46) | ones(20, 13)), 0),
+    "ept": Format(
+        7,
+        (ones(51, 46) | ones(6, 3), ones(51, 46) | ones(20, 12)),
+        sum(1 << n for n in range(64) if n & 7 in (2, 6) or (n & 7 and n >> 3 in (2, 3, 7))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.benchmark(group="reserved bits, 2^20")
+def bench_reserved(against: Callable[..., None], compile_c: Callable[[str], ctypes.CDLL], name: str) -> None:
+    form = FORMATS[name]
+    library, k = compile_c("ref_codec.c"), RESERVED[name]
+    core = form._core
+    entries = np.random.default_rng(7).integers(0, 1 << 46, N, np.uint64)
+    # Legal and illegal ones in equal parts, so that nothing is decided by a lucky branch.
+    entries[::2] &= np.uint64(ones(45, 21) | 0xF87 | (0 if name == "ept" else 0x78))
+    own, reference_out = np.zeros(N, np.uint8), np.zeros(N, np.uint8)
+
+    def reference() -> None:
+        library.ref_reserved(ctypes.byref(k), pointer(entries), pointer(reference_out), ctypes.c_size_t(N))
+
+    def in_numpy() -> np.ndarray:  # type: ignore[type-arg]
+        large = (entries >> np.uint64(7) & np.uint64(1)).astype(bool)
+        wrong = entries & np.where(large, np.uint64(k.reserved[1]), np.uint64(k.reserved[0]))
+        wrong |= np.uint64(k.bad_low) >> (entries & np.uint64(63)) & np.uint64(1)
+        return (entries & np.uint64(k.present) != 0) & (wrong != 0)
+
+    reference()
+    core.reserved_many(entries, 2, own)
+    assert np.array_equal(own, reference_out)
+    assert np.array_equal(own, in_numpy())
+    assert 0.1 < own.mean() < 0.9
+    against(lambda: core.reserved_many(entries, 2, own), items=N, c=reference, numpy=in_numpy)
+
+
 @pytest.mark.benchmark(group="one mmio spte from Python")
 def bench_encode_one(against: Callable[..., None]) -> None:
     form = FORMATS["ept"]

@@ -49,6 +49,24 @@ size_t ref_decode(const struct layout *l, const uint64_t *spte, uint64_t *gfn, u
     return n;
 }
 
+struct format {
+    uint64_t present;      /* none of these: not present */
+    uint64_t reserved[2];  /* by bit 7 */
+    uint64_t bad_low;      /* EPT: bit n set if low six bits n are illegal */
+};
+
+void ref_reserved(const struct format *f, const uint64_t *entry, uint8_t *out, size_t n)
+{
+    struct format k = *f;
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t e = entry[i];
+        uint64_t wrong = (e & k.reserved[e >> 7 & 1]) | (k.bad_low >> (e & 63) & 1);
+
+        out[i] = (e & k.present) && wrong;
+    }
+}
+
 void ref_is_mmio(const struct layout *l, const uint64_t *spte, uint8_t *out, size_t n)
 {
     struct layout k = *l;

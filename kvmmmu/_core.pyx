@@ -3,6 +3,7 @@
 
 # ---- sptes and constants
 cimport cython
+from libc.string cimport memset
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, spte_ad_kind_off,
@@ -10,7 +11,9 @@ from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, 
                                spte_is_mmio, spte_large, spte_masks_ept, spte_masks_legacy, spte_mmu_writable,
                                spte_pfn, spte_present, spte_writable)
 from kvmmmu.bits.mmio cimport mmio_spte_access, mmio_spte_gen, mmio_spte_gfn, mmio_spte_make
-from kvmmmu.engine.codec cimport codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split
+from kvmmmu.engine.codec cimport (codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split, codec_present_bits,
+                                  codec_reserved)
+from kvmmmu.bits.paging cimport CpuModel, DIALECT_SDM, Paging, paging_init_ept, paging_init_npt, rsvd_bits
 
 
 def constants():
@@ -57,6 +60,7 @@ def constants():
         "ROLE_EXT_LMA": ROLE_EXT_LMA, "MEM_LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES, "MEM_READONLY": MEM_READONLY,
         "MEMSLOT_INVALID": MEMSLOT_INVALID, "BIT51": BIT51, "GFN_HASH_MULTIPLIER": GFN_HASH_MULTIPLIER,
         "ALL_ONES": ALL_ONES,
+        "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN, "ONE": ONE,
         "ACC_X": ACC_X, "ACC_W": ACC_W, "ACC_U": ACC_U, "ACC_ALL": ACC_ALL,
     }
 
@@ -65,10 +69,23 @@ def constants():
 cdef class SpteCodec:
     """The masks one host uses in its sptes, and the batch loops over them; ``kvmmmu.sptes`` is its face."""
     cdef SpteMasks masks
+    cdef Paging paging
     cdef bint ept
 
     def __cinit__(self, bint ept, int maxphyaddr, int phys_bits, bint l1tf, int cache_bits, bint ept_ad,
-                  bint ept_exec_only, bint mmio_caching):
+                  bint ept_exec_only, bint mmio_caching, bint gbpages, bint ept_2m, bint ept_1g):
+        cdef CpuModel model
+        memset(&model, 0, sizeof(model))
+        model.maxphyaddr = maxphyaddr
+        model.gbpages = gbpages
+        model.exec_only = ept_exec_only
+        model.ept_2m = ept_2m
+        model.ept_1g = ept_1g
+        # Five levels: the rules of a level are the same in a shallower tree.
+        if ept:
+            paging_init_ept(&self.paging, 4 << 3 | (EPTP_AD if ept_ad else 0), &model, DIALECT_SDM)
+        else:
+            paging_init_npt(&self.paging, 0, MAX_LEVEL, &model, DIALECT_SDM)
         self.ept = ept
         if ept:
             spte_masks_ept(&self.masks, phys_bits, l1tf, cache_bits, ept_ad, ept_exec_only, mmio_caching)
@@ -137,6 +154,20 @@ cdef class SpteCodec:
             with nogil:
                 codec_is_mmio(&self.masks, &spte[0], &out[0], n)
 
+    def reserved_many(self, const uint64_t[::1] spte, int level, uint8_t[::1] out):
+        cdef size_t n = spte.shape[0]
+        if <size_t>out.shape[0] != n or not 1 <= level <= MAX_LEVEL:
+            raise ValueError("columns differ in length, or no such level")
+        if n:
+            with nogil:
+                codec_reserved(&self.paging, level, &spte[0], &out[0], n)
+
+    def reserved(self, uint64_t spte, int level):
+        """The reserved bits that are set; 0 in an entry that is not present."""
+        if not 1 <= level <= MAX_LEVEL:
+            raise ValueError("no such level")
+        return rsvd_bits(&self.paging, level, spte) if spte & codec_present_bits(&self.paging) else 0
+
     def inspect(self, uint64_t spte, int level):
         """What the bits of a present spte say, by the kernels the engine itself uses."""
         cdef SpteMasks *m = &self.masks
@@ -161,7 +192,7 @@ cdef class SpteCodec:
             "memory_type": (spte & EPT_MT_MASK) >> EPT_MT_SHIFT if self.ept else None,
             "ignore_pat": (spte & EPT_IPAT) != 0 if self.ept else None,
         }
-
+# ---- end of sptes and constants
 
 # ---- walks: Paging over plain memory, and batches of cases with known answers
 
@@ -179,8 +210,9 @@ from kvmmmu.bits.paging cimport (
     paging_pdptr_bad, permission_fault, rsvd_bits,
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
-from kvmmmu.engine.state cimport Access, MemMap
-from kvmmmu.engine.translate cimport Translation, mappings_next, mappings_tables, translate_many, walk_any
+from kvmmmu.engine.embed cimport Tables
+from kvmmmu.engine.state cimport Access, MemMap, Translation
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_many, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 
@@ -257,13 +289,14 @@ cdef class WalkColumn:
             PyBuffer_Release(&self.view)
 
 
-cdef class PagingCore:
+cdef class PagingCore(TablesHandle):
     """Tables in plain memory: owns the buffers' exports and the area map (see ``kvmmmu.paging``)."""
 
     cdef Paging paging
     cdef Paging host
     cdef MemMap map
     cdef int hint[2]  # a dimension each
+    cdef Tables tables
     cdef bint ready
     cdef list columns
 
@@ -324,6 +357,10 @@ cdef class PagingCore:
                 bad = load_pdptrs(&self.map, self.hint, regs.cr3, &cpu, self.paging.pdptr)
                 if bad >= 0:
                     raise_pdpte(bad, None)
+        self.tables.guest = &self.paging
+        self.tables.host = &self.host
+        self.tables.map = &self.map
+        self.handle = <kvmmmu_tables *>&self.tables
         self.ready = True
 
     cdef int bind_areas(self, list areas) except -1:
@@ -582,11 +619,12 @@ def record_layouts():
     )]
     access = [(n, f, o) for n, f, o in (
         ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
-        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x), ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
+        ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x),
+        ("mmio_gpa", "(2,)u8", <size_t>&x.mmio_gpa - <size_t>&x),
         ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
         ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
         ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
-        ("path", "u1", <size_t>&x.path - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
+        ("path", "u1", <size_t>&x.path - <size_t>&x), ("size", "u1", <size_t>&x.size - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
     )]
     return {
         "access": (access, sizeof(Access)),
@@ -661,8 +699,9 @@ from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u32, st_release_u64, xchg_u32
-from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
+from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
+from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
+from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
@@ -764,7 +803,7 @@ cdef class Export:
         return <object>self.view.obj
 
 
-cdef class VmCore:
+cdef class VmCore(VmHandle):
     """Owner of one ``Vm``: its arena, its tables, and the buffers its slots point into."""
 
     cdef Vm *vm
@@ -777,6 +816,7 @@ cdef class VmCore:
         if vm == NULL:
             raise MemoryError("no memory for a VM")
         self.vm = vm
+        self.handle = <kvmmmu_vm *>vm
         self.closed = False
         self.exports = {}
         self.next_token = 1
@@ -830,9 +870,12 @@ cdef class VmCore:
 
     def close(self):
         """Let go of every slot and buffer.  The arena stays until nobody refers to this object."""
+        cdef int runs
         if self.closed:
             return
-        self.check_idle("closing the VM")
+        runs = vm_close_begin(self.vm)
+        if runs >= 0:
+            raise VmBusyError(f"vCPU {runs} is running: closing the VM needs every vCPU stopped")
         self.closed = True
         slots_lock(self.vm)
         vm_slots_free(self.vm)
@@ -1044,6 +1087,15 @@ cdef class VmCore:
     def events_disable(self):
         st_release_u64(&self.vm.events.mask, 0)
 
+    def events_emit(self, kind, vcpu_id, tuple words):
+        """Add a record made outside the engine; 7 words."""
+        cdef uint64_t w[7]
+        cdef int i
+        for i in range(7):
+            w[i] = as_word(words[i], f"word {i}")
+        event_emit(self.vm, <uint32_t>as_word(vcpu_id, "vcpu", 32), <uint32_t>as_word(kind, "kind", 6),
+                   w[0], w[1], w[2], w[3], w[4], w[5], w[6])
+
     def events_take(self, bint consume):
         """The finished records, oldest first, as an array of EVENT_DTYPE."""
         cdef EventRing *ring = &self.vm.events
@@ -1148,7 +1200,7 @@ cdef uint64_t kind_arg(object kind) except? 0:
     raise ArgumentError(f"kind is {kind!r}; allowed are 'r', 'w', 'x' (or their codes 0, 1, 2)")
 
 
-cdef class VcpuCore:
+cdef class VcpuCore(VcpuHandle):
     """One vCPU of a VM; the struct lives as long as the VM.  ``kvmmmu.VCpu`` is its face."""
 
     cdef VmCore owner
@@ -1170,6 +1222,8 @@ cdef class VcpuCore:
         vcpu.vm = vm
         vcpu.line = line
         model_arg(&vcpu.model, model)
+        if args:
+            vcpu.cr4_absent, vcpu.efer_absent = args[1].absent_bits()
         slots_lock(vm)
         if vm.n_vcpus == MAX_VCPUS:
             slots_unlock(vm)
@@ -1182,6 +1236,7 @@ cdef class VcpuCore:
         vm.lines[vcpu.id] = line
         vm.n_vcpus += 1
         self.vcpu = vcpu
+        self.handle = <kvmmmu_vcpu *>vcpu
         slots_unlock(vm)
 
     @property
@@ -1194,13 +1249,15 @@ cdef class VcpuCore:
         return self.owner
 
     cdef int claim(self) except -1:
-        self.owner.check_open()
-        if xchg_u32(&self.vcpu.busy, 1):
+        cdef int claim = vcpu_claim(self.vcpu)
+        if claim == CLAIM_OK:
+            return 0
+        if claim == CLAIM_BUSY:
             raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
-        return 0
+        raise VmClosedError("the VM was closed")
 
     cdef void release(self) noexcept:
-        st_release_u32(&self.vcpu.busy, 0)
+        vcpu_release(self.vcpu)
 
     # -- registers
 
@@ -1446,3 +1503,200 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
         raise OverflowError(f"value = {value} is outside 0 ... 2^{8 * size}-1") from None
     memcpy(data, <const char *>raw, size)
     return 0
+
+
+# ---- C table
+
+from cpython.pycapsule cimport PyCapsule_New
+from libc.stddef cimport size_t
+from libc.string cimport strcmp
+from kvmmmu.engine.embed cimport (
+    Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
+    embed_set_sregs, embed_status_text, embed_sync_roots, embed_translate,
+)
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8(object text) except NULL
+
+cdef extern from "kvmmmu/capi.h" nogil:
+    const uint32_t KVMMMU_CAPI_VERSION
+    const char *KVMMMU_CAPI_NAME
+
+    struct kvmmmu_capi:
+        uint32_t version
+        uint32_t size
+        kvmmmu_vm *(*vm_from)(void *owner) except NULL
+        kvmmmu_vcpu *(*vcpu_from)(void *owner) except NULL
+        kvmmmu_tables *(*tables_from)(void *owner) except NULL
+        int (*access)(kvmmmu_vcpu *, uint64_t, uint32_t, uint32_t, int, void *, kvmmmu_access *) noexcept nogil
+        int (*access_many)(kvmmmu_vcpu *, const uint64_t *, const uint8_t *, size_t, uint32_t, int,
+                           kvmmmu_access *) noexcept nogil
+        int (*read)(kvmmmu_vcpu *, uint64_t, void *, size_t, int, size_t *, kvmmmu_access *) noexcept nogil
+        int (*write)(kvmmmu_vcpu *, uint64_t, const void *, size_t, int, size_t *, kvmmmu_access *) noexcept nogil
+        int (*invlpg)(kvmmmu_vcpu *, uint64_t) noexcept nogil
+        int (*load_cr3)(kvmmmu_vcpu *, uint64_t) noexcept nogil
+        int (*sync_roots)(kvmmmu_vcpu *) noexcept nogil
+        int (*get_sregs)(kvmmmu_vcpu *, kvmmmu_sregs *) noexcept nogil
+        int (*set_sregs)(kvmmmu_vcpu *, const kvmmmu_sregs *) noexcept nogil
+        int (*vm_stat_index)(const char *) noexcept nogil
+        int (*vcpu_stat_index)(const char *) noexcept nogil
+        const char *(*vm_stat_name)(int) noexcept nogil
+        const char *(*vcpu_stat_name)(int) noexcept nogil
+        int (*vm_stat)(kvmmmu_vm *, int, uint64_t *) noexcept nogil
+        int (*vcpu_stat)(kvmmmu_vcpu *, int, uint64_t *) noexcept nogil
+        int (*translate)(const kvmmmu_tables *, const uint64_t *, size_t, uint32_t, int,
+                         kvmmmu_translation *) noexcept nogil
+        const char *(*status_text)(int) noexcept nogil
+
+
+cdef class VmHandle:
+    """A VM as other extensions see it: one pointer, see ``kvmmmu/capi.h``."""
+
+
+cdef class VcpuHandle:
+    """A vCPU as other extensions see it."""
+
+
+cdef class TablesHandle:
+    """Tables in plain memory as other extensions see them."""
+
+
+cdef kvmmmu_vm *kvmmmu_vm_from(object owner) except NULL:
+    """Of a ``VM``; the handle lives as long as that and its vCPUs do."""
+    core = getattr(owner, "_core", owner)
+    if not isinstance(core, VmHandle) or (<VmHandle>core).handle == NULL:
+        raise TypeError(f"wanted is a kvmmmu.VM, not {type(owner).__name__}")
+    return (<VmHandle>core).handle
+
+
+cdef kvmmmu_vcpu *kvmmmu_vcpu_from(object owner) except NULL:
+    if not isinstance(owner, VcpuHandle) or (<VcpuHandle>owner).handle == NULL:
+        raise TypeError(f"wanted is a kvmmmu.VCpu, not {type(owner).__name__}")
+    return (<VcpuHandle>owner).handle
+
+
+cdef kvmmmu_tables *kvmmmu_tables_from(object owner) except NULL:
+    if not isinstance(owner, TablesHandle) or (<TablesHandle>owner).handle == NULL:
+        raise TypeError(f"wanted is a kvmmmu.Paging, not {type(owner).__name__}")
+    return (<TablesHandle>owner).handle
+
+
+# For C the same with NULL for "no object"; Cython's ``except NULL`` leaves the exception set.
+cdef kvmmmu_vm *table_vm_from(void *owner) except NULL:
+    return kvmmmu_vm_from(None if owner == NULL else <object>owner)
+
+cdef kvmmmu_vcpu *table_vcpu_from(void *owner) except NULL:
+    return kvmmmu_vcpu_from(None if owner == NULL else <object>owner)
+
+cdef kvmmmu_tables *table_tables_from(void *owner) except NULL:
+    return kvmmmu_tables_from(None if owner == NULL else <object>owner)
+
+
+cdef int kvmmmu_make_access(kvmmmu_vcpu *vcpu, uint64_t gva, uint32_t how, uint32_t size, int cpl, void *data,
+                            kvmmmu_access *result) noexcept nogil:
+    return embed_access(<Vcpu *>vcpu, gva, how, size, cpl, <uint8_t *>data, <Access *>result)
+
+cdef int kvmmmu_access_many(kvmmmu_vcpu *vcpu, const uint64_t *gvas, const uint8_t *how, size_t n, uint32_t size,
+                            int cpl, kvmmmu_access *results) noexcept nogil:
+    return embed_access_many(<Vcpu *>vcpu, gvas, how, n, size, cpl, <Access *>results)
+
+cdef int kvmmmu_read(kvmmmu_vcpu *vcpu, uint64_t gva, void *data, size_t size, int cpl, size_t *done,
+                     kvmmmu_access *last) noexcept nogil:
+    return embed_copy(<Vcpu *>vcpu, gva, KVMMMU_READ, <uint8_t *>data, size, cpl, done, <Access *>last)
+
+cdef int kvmmmu_write(kvmmmu_vcpu *vcpu, uint64_t gva, const void *data, size_t size, int cpl, size_t *done,
+                      kvmmmu_access *last) noexcept nogil:
+    return embed_copy(<Vcpu *>vcpu, gva, KVMMMU_WRITE, <uint8_t *>data, size, cpl, done, <Access *>last)
+
+cdef int kvmmmu_invlpg(kvmmmu_vcpu *vcpu, uint64_t gva) noexcept nogil:
+    return embed_invlpg(<Vcpu *>vcpu, gva)
+
+cdef int kvmmmu_load_cr3(kvmmmu_vcpu *vcpu, uint64_t value) noexcept nogil:
+    return embed_load_cr3(<Vcpu *>vcpu, value)
+
+cdef int kvmmmu_sync_roots(kvmmmu_vcpu *vcpu) noexcept nogil:
+    return embed_sync_roots(<Vcpu *>vcpu)
+
+cdef int kvmmmu_get_sregs(kvmmmu_vcpu *vcpu, kvmmmu_sregs *sregs) noexcept nogil:
+    return embed_get_sregs(<Vcpu *>vcpu, <Sregs *>sregs)
+
+cdef int kvmmmu_set_sregs(kvmmmu_vcpu *vcpu, const kvmmmu_sregs *sregs) noexcept nogil:
+    return embed_set_sregs(<Vcpu *>vcpu, <const Sregs *>sregs)
+
+cdef int kvmmmu_translate(const kvmmmu_tables *tables, const uint64_t *gvas, size_t n, uint32_t how, int cpl,
+                          kvmmmu_translation *results) noexcept nogil:
+    return embed_translate(<const Tables *>tables, gvas, n, how, cpl, <Translation *>results)
+
+
+# Counters by name: the C strings belong to the two tuples, which this module holds for good.
+cdef tuple stat_names_held = (VM_STATS_ORDER, VCPU_STATS_ORDER)
+cdef const char *vm_stat_names[VM_STATS]
+cdef const char *vcpu_stat_names[VCPU_STATS]
+for stat_number in range(VM_STATS):
+    vm_stat_names[stat_number] = PyUnicode_AsUTF8(VM_STATS_ORDER[stat_number])
+for stat_number in range(VCPU_STATS):
+    vcpu_stat_names[stat_number] = PyUnicode_AsUTF8(VCPU_STATS_ORDER[stat_number])
+del stat_number
+
+cdef int name_index(const char **names, int n, const char *name) noexcept nogil:
+    cdef int i
+    if name != NULL:
+        for i in range(n):
+            if strcmp(names[i], name) == 0:
+                return i
+    return -1
+
+cdef int kvmmmu_vm_stat_index(const char *name) noexcept nogil:
+    return name_index(vm_stat_names, VM_STATS, name)
+
+cdef int kvmmmu_vcpu_stat_index(const char *name) noexcept nogil:
+    return name_index(vcpu_stat_names, VCPU_STATS, name)
+
+cdef const char *kvmmmu_vm_stat_name(int index) noexcept nogil:
+    return vm_stat_names[index] if 0 <= index < VM_STATS else NULL
+
+cdef const char *kvmmmu_vcpu_stat_name(int index) noexcept nogil:
+    return vcpu_stat_names[index] if 0 <= index < VCPU_STATS else NULL
+
+cdef int kvmmmu_vm_stat(kvmmmu_vm *vm, int index, uint64_t *value) noexcept nogil:
+    if vm == NULL or value == NULL or not 0 <= index < VM_STATS:
+        return KVMMMU_E_ARGUMENT
+    value[0] = ld_u64(&(<Vm *>vm).stats[index])
+    return KVMMMU_OK
+
+cdef int kvmmmu_vcpu_stat(kvmmmu_vcpu *vcpu, int index, uint64_t *value) noexcept nogil:
+    if vcpu == NULL or value == NULL or not 0 <= index < VCPU_STATS:
+        return KVMMMU_E_ARGUMENT
+    value[0] = ld_u64(&(<Vcpu *>vcpu).stats[index])
+    return KVMMMU_OK
+
+
+cdef const char *kvmmmu_status_text(int status) noexcept nogil:
+    return embed_status_text(status)
+
+
+cdef kvmmmu_capi capi_table
+capi_table.version = KVMMMU_CAPI_VERSION
+capi_table.size = <uint32_t>sizeof(kvmmmu_capi)
+capi_table.vm_from = table_vm_from
+capi_table.vcpu_from = table_vcpu_from
+capi_table.tables_from = table_tables_from
+capi_table.access = kvmmmu_make_access
+capi_table.access_many = kvmmmu_access_many
+capi_table.read = kvmmmu_read
+capi_table.write = kvmmmu_write
+capi_table.invlpg = kvmmmu_invlpg
+capi_table.load_cr3 = kvmmmu_load_cr3
+capi_table.sync_roots = kvmmmu_sync_roots
+capi_table.get_sregs = kvmmmu_get_sregs
+capi_table.set_sregs = kvmmmu_set_sregs
+capi_table.vm_stat_index = kvmmmu_vm_stat_index
+capi_table.vcpu_stat_index = kvmmmu_vcpu_stat_index
+capi_table.vm_stat_name = kvmmmu_vm_stat_name
+capi_table.vcpu_stat_name = kvmmmu_vcpu_stat_name
+capi_table.vm_stat = kvmmmu_vm_stat
+capi_table.vcpu_stat = kvmmmu_vcpu_stat
+capi_table.translate = kvmmmu_translate
+capi_table.status_text = kvmmmu_status_text
+_C_API = PyCapsule_New(&capi_table, KVMMMU_CAPI_NAME, NULL)
+# ---- end of C table

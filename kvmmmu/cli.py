@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -117,7 +118,7 @@ def main() -> None:
 @click.option("--mmu", type=click.Choice([*MMUS, "all"]), default="all", show_default=True, help="The MMU or MMUs.")
 @click.option(
     "--mmio-scheme",
-    type=click.Choice(["off", "zap_all", "generation"]),
+    type=click.Choice(["off", "zap_all", "generation", "unguarded"]),
     help="How MMIO faults are cached; the behaviour profile's own scheme if not given.",
 )
 @click.option("--pages", type=click.Path(path_type=Path), help="The .npz with a raw trace's page tables.")
@@ -127,8 +128,8 @@ def main() -> None:
 def replay(
     ctx: click.Context,
     trace: Path | None,
-    mmu: str,
-    mmio_scheme: str | None,
+    mmu: Any,
+    mmio_scheme: Any,
     pages: Path | None,
     memory_map: Path | None,
     as_json: bool,
@@ -143,7 +144,8 @@ def replay(
     opened = open_trace(trace or bundled_trace(), pages=pages, memory_map=memory_map)
     reports = []
     with _Bar() as bar:
-        for mode in MMUS if mmu == "all" else (mmu,):
+        modes: Iterable[Any] = MMUS if mmu == "all" else (mmu,)
+        for mode in modes:
             bar.describe(mode)
             reports.append(engine.replay(opened, mmu=mode, mmio_scheme=mmio_scheme, progress=bar.advance))
     if as_json:

@@ -94,6 +94,14 @@ class GuestCpu:
                     f"{register} is {values[register]:#x}: bit {bit} is set and the guest CPU has no {feature}"
                 )
 
+    def absent_bits(self) -> tuple[int, int]:
+        """Control bits of features that this processor lacks, of CR4 and of EFER."""
+        absent = {"cr4": 0, "efer": 0}
+        for register, bit, feature in _FEATURE_BITS:
+            if not getattr(self, feature):
+                absent[register] |= 1 << bit
+        return absent["cr4"], absent["efer"]
+
     def model(self) -> tuple[int, ...]:
         """The fields that a page walk asks for, as the engine orders them."""
         return (self.maxphyaddr, self.gbpages, self.vendor == "amd", 0, 0, 0, not self.pse36)

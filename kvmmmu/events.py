@@ -88,13 +88,11 @@ class Events:
             The capacity changes while a vCPU runs.
         """
         names = EVENT_NAMES if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        unknown = [name for name in names if name not in _KIND]
-        if unknown:
-            raise ArgumentError(f"kinds holds {unknown[0]!r}: allowed are {', '.join(EVENT_NAMES)}")
+        kinds_wanted = {parse_kind(name) for name in names}
         room = operator.index(capacity)
         if not 1 <= room <= MAX_CAPACITY:
             raise ArgumentError(f"capacity = {room}: allowed are 1 to 2^28")
-        self._core.events_enable(sum(1 << _KIND[name] for name in set(names)), 1 << (room - 1).bit_length())
+        self._core.events_enable(sum(1 << kind for kind in kinds_wanted), 1 << (room - 1).bit_length())
 
     def disable(self) -> None:
         """Record nothing more; what is in the ring can still be read."""
@@ -115,6 +113,28 @@ class Events:
     def dropped(self) -> int:
         """Records lost so far because the ring was full."""
         return self._core.events_dropped
+
+    def emit(self, name: str, *words: int, vcpu: int = 0) -> None:
+        """Add a record between the engine's own: an exit or an instruction of whoever runs the guest.
+
+        Parameters
+        ----------
+        name : str
+            One of ``EVENT_NAMES``; without effect while it is not enabled.
+        words : int
+            Up to seven words, by kind as ``engine/events.pxd`` says; the rest is 0.
+        vcpu : int
+
+        Raises
+        ------
+        ArgumentError
+            The name is unknown, or there are more than seven words.
+        OverflowError
+            A word is outside 0 to 2^64-1.
+        """
+        if len(words) > 7:
+            raise ArgumentError(f"{len(words)} words: at most 7 are recorded")
+        self._core.events_emit(parse_kind(name), vcpu, words + (0,) * (7 - len(words)))
 
     def drain(self) -> NDArray[np.void]:
         """Take the records out of the ring.

@@ -57,6 +57,18 @@ class SpteHost(Protocol):
     def ept_exec_only(self) -> bool:
         """EPT allows execute-only entries."""
 
+    @property
+    def gbpages(self) -> bool:
+        """Ordinary and nested (NPT) tables have 1 GiB pages."""
+
+    @property
+    def ept_2m(self) -> bool:
+        """EPT has 2 MiB pages."""
+
+    @property
+    def ept_1g(self) -> bool:
+        """EPT has 1 GiB pages."""
+
 
 class MmioSpte(NamedTuple):
     """What one mmio spte carries."""
@@ -126,6 +138,8 @@ class SpteFormat:
         EPT accessed/dirty bits; execute-only entries.
     mmio_caching : bool
         KVM's module parameter of that name.
+    gbpages, ept_2m, ept_1g : bool
+        Large pages: 1 GiB in ordinary and NPT tables, 2 MiB and 1 GiB under EPT.
 
     Raises
     ------
@@ -144,6 +158,9 @@ class SpteFormat:
         ept_ad: bool = True,
         ept_exec_only: bool = True,
         mmio_caching: bool = True,
+        gbpages: bool = True,
+        ept_2m: bool = True,
+        ept_1g: bool = True,
     ) -> None:
         if mmu not in _MMUS:
             raise ArgumentError(f"mmu: {mmu!r} is none of {', '.join(_MMUS)}")
@@ -163,6 +180,9 @@ class SpteFormat:
             bool(ept_ad),
             bool(ept_exec_only),
             bool(mmio_caching),
+            bool(gbpages),
+            bool(ept_2m),
+            bool(ept_1g),
         )
 
     @classmethod
@@ -177,6 +197,9 @@ class SpteFormat:
             ept_ad=host.ept_ad,
             ept_exec_only=host.ept_exec_only,
             mmio_caching=mmio_caching,
+            gbpages=host.gbpages,
+            ept_2m=host.ept_2m,
+            ept_1g=host.ept_1g,
         )
 
     @property
@@ -306,6 +329,41 @@ class SpteFormat:
         self._core.is_mmio_many(np.ascontiguousarray(sptes).reshape(-1), out.view(np.uint8).reshape(-1))
         return out
 
+    @overload
+    def is_reserved(self, spte: SupportsIndex, *, level: SupportsIndex = 1) -> bool: ...
+    @overload
+    def is_reserved(self, spte: Words, *, level: SupportsIndex = 1) -> npt.NDArray[np.bool_] | bool: ...
+    def is_reserved(self, spte: Words, *, level: SupportsIndex = 1) -> npt.NDArray[np.bool_] | bool:
+        """Whether this host's processor finds reserved bits in entries (under EPT: a misconfiguration).
+
+        The rules are those of SDM vol. 3A section 4.5 (NPT and shadow tables, NXE = 1) and vol. 3C section 29.3.3
+        (EPT), with the host's MAXPHYADDR and large pages.  An entry that is not present has no reserved bits.
+
+        Parameters
+        ----------
+        spte : int or array of integers
+        level : int
+            The level the entries stand at, 1…5.
+
+        Returns
+        -------
+        bool or ndarray of bool
+
+        Raises
+        ------
+        OverflowError
+            A number is outside 0…2^64−1.
+        ArgumentError
+            ``level`` is outside 1…5, or the dtype is not an integer dtype.
+        """
+        at = index_in("level", level, 1, 5)
+        if _is_scalar(spte):
+            return self._core.reserved(index_u64("spte", spte), at) != 0
+        sptes = column_u64("spte", spte)
+        out = np.empty(sptes.shape, np.bool_)
+        self._core.reserved_many(np.ascontiguousarray(sptes).reshape(-1), at, out.view(np.uint8).reshape(-1))
+        return out
+
     def decode(self, spte: SupportsIndex, *, level: SupportsIndex = 1) -> SpteWords:
         """Say in words what an spte is.
 
@@ -351,9 +409,12 @@ class SpteFormat:
             facts.update(self._leaf_facts(seen))
         elif seen["accessed"] is not None:
             facts["accessed"] = bool(seen["accessed"])
+        reserved = self._core.reserved(word, at)
+        if reserved:
+            facts["reserved bits"] = f"{reserved:#x}"
         return SpteWords(word, at, "leaf" if seen["leaf"] else "table", facts)
 
-    def _leaf_facts(self, seen: _core.SpteFacts) -> dict[str, int | str | bool]:
+    def _leaf_facts(self, seen: _core._SpteFacts) -> dict[str, int | str | bool]:
         facts: dict[str, int | str | bool] = {}
         for name in ("accessed", "dirty"):
             held = seen[name]

@@ -160,7 +160,7 @@ class VCpu(VcpuCore):
         }
         self.cpu.check_registers(values["cr4"], values["efer"])
         width = now.compat if compat is None else bool(compat)
-        if not self.load_sregs(*values.values(), width):
+        if not self.load_sregs(compat=width, **values):
             text = ", ".join(f"{name}={value:#x}" for name, value in values.items())
             raise GuestFaultError(f"#GP: {text} do not go together (or a PDPTE has reserved bits); nothing changed")
 
@@ -209,7 +209,8 @@ class VCpu(VcpuCore):
 
     def _device_gap(self, result: AccessResult, gva: int, verb: str) -> MmioUnhandledError:
         where = ", ".join(f"gpa {gpa:#x} ({size} bytes)" for gpa, size in result.mmio)
-        return MmioUnhandledError(f"{verb} at gva {gva:#x} is MMIO at {where} and no device is registered there", result)
+        text = f"{verb} at gva {gva:#x} is MMIO at {where} and no device is registered there"
+        return MmioUnhandledError(text, result)
 
     def read(self, gva: SupportsIndex, size: SupportsIndex, *, cpl: SupportsIndex | None = None) -> bytes:
         """Read guest memory or devices through the MMU.
@@ -249,7 +250,9 @@ class VCpu(VcpuCore):
             at, left = at + now, left - now
         return bytes(data)
 
-    def write(self, gva: SupportsIndex, data: bytes | bytearray | memoryview, *, cpl: SupportsIndex | None = None) -> None:
+    def write(
+        self, gva: SupportsIndex, data: bytes | bytearray | memoryview, *, cpl: SupportsIndex | None = None
+    ) -> None:
         """Write guest memory or devices through the MMU; see ``read`` for parameters and errors.
 
         Accesses before a faulting one have taken place, as with a real string of stores.
@@ -362,7 +365,7 @@ class VCpu(VcpuCore):
         if t["what"]:
             first = self._difference(t, start, int(c.flags[t["index"]]), int(c.kind[t["index"]]))
         names = ("events", "disagreements", "mmio", "mmio_cache", "mmio_spte", "mmio_slow", "page_faults", "exits")
-        return ReplayTotals(*(t[name] for name in names), first)
+        return ReplayTotals(**{name: t[name] for name in names}, first=first)
 
     def _difference(self, t: dict[str, Any], start: int, flags: int, kind: int) -> tuple[int, str, str, str, str]:
         what = _DIFFERENCES[t["what"]]

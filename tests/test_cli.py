@@ -185,3 +185,30 @@ def test_conform_refuses_strangers_among_the_truth(tmp_path: Path) -> None:
     assert "golden.tar.xz: file: not vectors, a dump or a trace" in one_line(run("conform", str(tmp_path)))
     assert "no such file" in one_line(run("conform", str(tmp_path / "absent")))
     assert run("conform").exit_code == 2
+
+
+def test_conform_agrees_with_every_slice_of_truth_in_the_tests_data() -> None:
+    data = Path(__file__).with_name("data")
+    result = run("conform", str(data / "vectors"), str(data / "dumps"), "--json")
+    files = json.loads(result.output)["files"]
+    assert result.exit_code == 0
+    assert {report["kind"] for report in files} >= {"vectors", "dump"}
+    assert all(report["agreed"] == report["total"] > 0 for report in files)
+
+
+# ---- walk
+
+
+def test_walk_tells_a_walk_of_a_dump_entry_by_entry() -> None:
+    dump = sorted((Path(__file__).with_name("data") / "dumps").glob("pae*.npz"))[0]
+    result = run("walk", str(dump), "0xc1000000", "--access", "w")
+    assert result.exit_code == 0
+    assert "0xc1000000" in result.output
+    assert "PDPTE" in result.output
+
+
+def test_walk_refuses_what_is_no_dump(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    assert "x.npz" in one_line(run("walk", str(tmp_path / "x.npz"), "0"))
+    assert "absent.npz" in one_line(run("walk", str(tmp_path / "absent.npz"), "0"))
+    assert run("walk", str(tmp_path / "x.npz"), "word").exit_code == 2

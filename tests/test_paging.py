@@ -260,10 +260,14 @@ REGISTERS = st.tuples(
     WORDS | st.sampled_from([0, 0x800, 0x500, 0xD00]),
 )
 # Entries that point back into the small memory make deep walks likely; any word at all is possible, too.
-ENTRIES = WORDS | st.builds(lambda page, low, high: page << 12 | low | high << 59, st.integers(0, 7), st.integers(0, 0xFFF),
-                            st.integers(0, 31))  # fmt: skip
-NESTED = st.none() | st.builds(EptTables, st.sampled_from([0x1E, 0x5E, 0x26, 0x66, 0x301E]), st.just(HostCpu())) | st.builds(
-    NptTables, WORDS, st.sampled_from([4, 5]))  # fmt: skip
+ENTRIES = WORDS | st.builds(
+    lambda page, low, high: page << 12 | low | high << 59, st.integers(0, 7), st.integers(0, 0xFFF), st.integers(0, 31)
+)
+NESTED = (
+    st.none()
+    | st.builds(EptTables, st.sampled_from([0x1E, 0x5E, 0x26, 0x66, 0x301E]), st.just(HostCpu()))
+    | st.builds(NptTables, WORDS, st.sampled_from([4, 5]))
+)
 
 
 @settings(max_examples=300, deadline=None)

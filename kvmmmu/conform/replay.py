@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvmmmu.behaviour import MmioScheme
 from kvmmmu.conform.report import FileReport
 from kvmmmu.constants import TABLE
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import FormatError
-from kvmmmu.behaviour import MmioScheme
 from kvmmmu.traces import Chunk, Kind, MemoryArea, Trace, open_trace
 from kvmmmu.vcpu import VCpu
 from kvmmmu.vm import VM, Mmu

@@ -7,7 +7,9 @@ Each loop stops at the first element it must refuse and returns its index, or
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from kvmmmu.bits.constants cimport EPT_RWX, PT_PRESENT_MASK
 from kvmmmu.bits.mmio cimport mmio_spte_access, mmio_spte_gen, mmio_spte_gfn, mmio_spte_make
+from kvmmmu.bits.paging cimport FMT_EPT, Paging, rsvd_fault
 from kvmmmu.bits.spte cimport SpteMasks, spte_is_mmio
 
 
@@ -47,3 +49,18 @@ cdef inline void codec_is_mmio(const SpteMasks *masks, const uint64_t *spte, uin
     cdef size_t i
     for i in range(n):
         out[i] = spte_is_mmio(&m, spte[i])
+
+
+cdef inline uint64_t codec_present_bits(const Paging *p) noexcept nogil:
+    """An entry without any of these is not present: the processor looks at nothing else in it."""
+    return EPT_RWX if p.format == FMT_EPT else PT_PRESENT_MASK
+
+
+cdef inline void codec_reserved(const Paging *paging, int level, const uint64_t *entry, uint8_t *out,
+                                size_t n) noexcept nogil:
+    """1 where a present entry of ``level`` has reserved bits set (EPT: is misconfigured)."""
+    cdef Paging p = paging[0]
+    cdef uint64_t present = codec_present_bits(&p)
+    cdef size_t i
+    for i in range(n):
+        out[i] = (entry[i] & present) != 0 and rsvd_fault(&p, level, entry[i])

@@ -95,7 +95,7 @@ cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int s
     No MMIO leaves before every piece was translated: a fault in the second page hides the first.
     """
     cdef int done = 0, now, kind
-    cdef uint64_t gpa = 0
+    cdef uint64_t gpa = 0, here
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     out.outcome = OUTCOME_OK
     if access & PFERR_FETCH:
@@ -104,13 +104,14 @@ cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int s
         out.outcome = OUTCOME_INTERNAL_ERROR
         return
     while done < size:
+        here = (gva + <uint64_t>done) & vcpu.guest.va_mask
         now = size - done
-        if now > 4096 - <int>((gva + <uint64_t>done) & 4095):
-            now = 4096 - <int>((gva + <uint64_t>done) & 4095)
-        kind = piece_gpa(vcpu, gva + <uint64_t>done, access, known_gpa if done == 0 else ALL_ONES, &gpa)
+        if now > 4096 - <int>(here & 4095):
+            now = 4096 - <int>(here & 4095)
+        kind = piece_gpa(vcpu, here, access, known_gpa if done == 0 else ALL_ONES, &gpa)
         if kind == PIECE_FAULT:
             out.n_mmio = 0
-            inject_guest_fault(vcpu, gva + <uint64_t>done, out)
+            inject_guest_fault(vcpu, here, out)
             return
         if done == 0:
             out.gpa = gpa

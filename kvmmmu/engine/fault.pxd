@@ -107,11 +107,11 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
     cdef Vm *vm = vcpu.vm
     cdef uint64_t spte = 0, new_ = 0
     cdef uint64_t *sptep = NULL
-    cdef int tries, level, ret = RET_PF_INVALID
+    cdef int _tries, level, ret = RET_PF_INVALID
     if f.rsvd or f.present and not f.write or not f.present and vm.masks.ad_enabled:
         return RET_PF_INVALID
     kvmmmu_reading_begin(vcpu.line)
-    for tries in range(FAST_TRIES):
+    for _tries in range(FAST_TRIES):
         sptep = last_sptep(vm, vcpu.root.page, f.addr, &level)
         if sptep == NULL:
             break

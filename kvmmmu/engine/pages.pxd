@@ -171,7 +171,6 @@ cdef inline int32_t gfn_page_from(Vm *vm, int32_t id, uint64_t gfn) noexcept nog
 cdef inline int32_t page_alloc(Vm *vm) noexcept nogil:
     """A page with 512 empty sptes and zeroed metadata; 0 at the hard limit."""
     cdef int32_t id = vm.arena.free
-    cdef uint64_t old
     if id:
         vm.arena.free = page_at(vm, id).list_next
     elif vm.arena.top < vm.arena.limit:

@@ -181,12 +181,13 @@ cdef inline int set_sregs(Vcpu *vcpu, const CpuRegs *regs) noexcept nogil:
     vcpu.regs.cr4 = regs.cr4
     vcpu.regs.efer = regs.efer
     vcpu.regs.pkru = regs.pkru
+    vcpu.regs.compat = regs.compat
     pae = is_pae_paging(vcpu)
     if not cr3_legal(vcpu, regs.cr3) or pae and pdptrs_load(vcpu, regs.cr3) != REG_OK:
         vcpu.regs = old
         return REG_GP
     if pae or old.cr0 != regs.cr0 or old.cr3 != regs.cr3 or old.cr4 != regs.cr4 or old.efer != regs.efer:
         context_reset(vcpu)
-    elif old.pkru != regs.pkru:
+    elif old.pkru != regs.pkru or old.compat != regs.compat:
         roles_refresh(vcpu)
     return REG_OK

@@ -120,7 +120,8 @@ cdef inline void replay_fault(Vcpu *vcpu, ReplayTotals *t, uint64_t i, uint64_t 
         t.page_faults += 1
 
 
-cdef inline bint replay_state(Vcpu *vcpu, uint64_t cr3, uint64_t cr0_cr4, uint64_t efer_flags, uint8_t cpl) noexcept nogil:
+cdef inline bint replay_state(Vcpu *vcpu, uint64_t cr3, uint64_t cr0_cr4, uint64_t efer_flags,
+                              uint8_t cpl) noexcept nogil:
     """Registers as recorded at a block start; those that differ are loaded as the guest would."""
     cdef uint64_t cr0 = cr0_cr4 & (ALL_ONES >> 32), cr4 = cr0_cr4 >> 32, efer = efer_flags & (ALL_ONES >> 32)
     cdef CpuRegs regs = vcpu.regs
@@ -147,7 +148,8 @@ cdef inline bint replay_movcr(Vcpu *vcpu, int n, uint64_t value) noexcept nogil:
     return True  # CR2 and CR8 do not concern the MMU
 
 
-cdef inline void replay_event(Vcpu *vcpu, ReplayTotals *t, const TraceColumns *e, uint64_t i, bint values) noexcept nogil:
+cdef inline void replay_event(Vcpu *vcpu, ReplayTotals *t, const TraceColumns *e, uint64_t i,
+                              bint values) noexcept nogil:
     cdef uint64_t a = e.a[i], b = e.b[i], c = e.c[i], access = 0
     cdef int size = 1 << (e.size[i] & 7), kind = e.kind[i], flags = e.flags[i]
     cdef bint ok = True

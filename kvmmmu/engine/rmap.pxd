@@ -134,4 +134,3 @@ cdef inline uint64_t pte_list_count(Vm *vm, uint64_t head) noexcept nogil:
         n += desc_at(vm, block).count
         block = desc_at(vm, block).more
     return n
-

@@ -98,6 +98,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     model.exec_only = vm.host.ept_exec_only
     model.ept_2m = vm.host.ept_2m
     model.ept_1g = vm.host.ept_1g
+    model.no_pse36 = 0
     if vm.mmu == MMU_EPT:
         paging_init_ept(&vcpu.hw, (EPTP_AD if vm.masks.ad_enabled else 0) | <uint64_t>((level - 1) << 3) | 6, &model,
                         DIALECT_SDM)
@@ -108,6 +109,8 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     regs.efer = EFER_NX
     regs.cr3 = 0
     regs.pkru = vcpu.regs.pkru
+    # The width of linear addresses is the guest's own, whoever made the tables.
+    regs.compat = vcpu.regs.compat
     for i in range(4):
         regs.pdptr[i] = 0
     if level >= 4:

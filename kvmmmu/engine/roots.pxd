@@ -246,6 +246,7 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
     cdef int i
     if tdp_enabled(vcpu.vm):
         return
+    gva &= vcpu.guest.va_mask
     vcpu.stats[<int>VSTAT_INVLPG] += 1
     if vcpu.root_role & ROLE_DIRECT:
         mmio_cache_clear_gva(vcpu, gva)

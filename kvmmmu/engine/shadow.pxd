@@ -30,7 +30,8 @@ from kvmmmu.engine.track cimport account_shadowed, mark_spte_unsync
 from kvmmmu.engine.zap cimport list_init, zap_commit, zap_prepare
 
 
-cdef inline uint32_t child_role(Vcpu *vcpu, uint32_t parent, int parent_entry, bint direct, uint32_t access) noexcept nogil:
+cdef inline uint32_t child_role(Vcpu *vcpu, uint32_t parent, int parent_entry, bint direct,
+                                uint32_t access) noexcept nogil:
     """A child keeps its parent's role but for level, access and kind."""
     cdef uint32_t role = role_with_access(role_with_level(parent, role_level(parent) - 1), access)
     role &= ~(ROLE_DIRECT | ROLE_PASSTHROUGH)

@@ -343,6 +343,8 @@ cdef struct Vcpu:
     uint32_t busy         # 1 while a thread runs it
     CpuRegs regs
     CpuModel model        # what the guest's CPUID says
+    uint64_t cr4_absent   # control bits of features that it says are not there
+    uint64_t efer_absent
     uint8_t cpl
     uint8_t ac            # EFLAGS.AC
     uint8_t long_cs       # CS.L: 64-bit code
@@ -420,34 +422,49 @@ cdef struct Vm:
     # what the caller of an update must still do
     uint8_t want_zap_all  # a slot went away or moved
     uint8_t want_shrink   # max_pages fell below used_pages
+    uint32_t closed       # 1 once closed: no vCPU may be claimed any more
     uint64_t stats[32]
     EventRing events
 
 # ---- one access and what became of it ---------------------------------------------
+# These cross the C table as they are, so ``capi.h`` has the only definition.
 
-cdef enum:
-    OUTCOME_OK = 0
-    OUTCOME_MMIO = 1            # the caller must complete it: mmio_gpa, mmio_size
-    OUTCOME_PF = 2              # #PF(error_code) at fault_gva
-    OUTCOME_GP = 3              # #GP(0)
-    OUTCOME_INTERNAL_ERROR = 4  # KVM gives up: no instruction to emulate
-    OUTCOME_SHUTDOWN = 5        # triple fault
-    OUTCOME_HANG = 6            # exits without progress
-    OUTCOME_ERROR = 7           # error_code is an errno
+cdef extern from "kvmmmu/capi.h" nogil:
+    enum:
+        OUTCOME_OK "KVMMMU_OUTCOME_OK"
+        OUTCOME_MMIO "KVMMMU_OUTCOME_MMIO"
+        OUTCOME_PF "KVMMMU_OUTCOME_PF"
+        OUTCOME_GP "KVMMMU_OUTCOME_GP"
+        OUTCOME_INTERNAL_ERROR "KVMMMU_OUTCOME_INTERNAL_ERROR"
+        OUTCOME_SHUTDOWN "KVMMMU_OUTCOME_SHUTDOWN"
+        OUTCOME_HANG "KVMMMU_OUTCOME_HANG"
+        OUTCOME_ERROR "KVMMMU_OUTCOME_ERROR"
+        PATH_HARDWARE "KVMMMU_PATH_HARDWARE"
+        PATH_FAULT "KVMMMU_PATH_FAULT"
+        PATH_EMULATED "KVMMMU_PATH_EMULATED"
 
-cdef enum:
-    PATH_HARDWARE = 0   # the processor alone
-    PATH_FAULT = 1      # page faults, then the processor
-    PATH_EMULATED = 2   # KVM made the access
+    struct Access "kvmmmu_access":
+        uint64_t gpa          # of the first byte; all ones where none is known
+        uint64_t error_code   # of a #PF; an errno for OUTCOME_ERROR
+        uint64_t fault_gva
+        uint64_t mmio_gpa[2]  # pieces that no memory took, one per page
+        uint8_t mmio_size[2]
+        uint8_t mmio_offset[2]  # of the piece in the access
+        uint8_t n_mmio
+        uint8_t outcome       # OUTCOME_*
+        uint8_t path          # PATH_*
+        uint8_t size          # bytes of the access
+        uint32_t exits
+        uint8_t suberror      # of OUTCOME_INTERNAL_ERROR
 
-cdef struct Access:
-    uint64_t gpa          # of the first byte; all ones where none is known
-    uint64_t error_code
-    uint64_t fault_gva
-    uint64_t mmio_gpa[2]  # pieces that no memory took, one per page
-    uint8_t mmio_size[2]
-    uint8_t mmio_offset[2]  # of the piece in the access
-    uint8_t n_mmio
-    uint8_t outcome
-    uint8_t path
-    uint32_t exits
+    struct Translation "kvmmmu_translation":
+        uint64_t gva
+        uint64_t gpa          # of the byte; under a second dimension the address in host memory
+        uint64_t error_code   # of the fault
+        uint64_t fault_gpa    # guest-physical address that the second dimension refused
+        uint64_t entry        # last entry read of the guest's tables: the leaf, or where the walk ended
+        uint8_t fault         # FAULT_*
+        uint8_t page_shift    # log2 of the guest's page size
+        uint8_t access        # ACC rights of the guest's translation
+        uint8_t level         # of that last entry; 0: none was read
+        uint32_t unused

@@ -119,7 +119,8 @@ cdef inline void mark_spte_unsync(Vm *vm, uint64_t index) noexcept nogil:
         mark_parents_unsync(vm, parent)
 
 
-cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bint can_unsync, bint prefetch) noexcept nogil:
+cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bint can_unsync,
+                               bint prefetch) noexcept nogil:
     """Ask to map a gfn writable.  True: refused, it must stay write-protected."""
     cdef int32_t id
     cdef ShadowPage *sp

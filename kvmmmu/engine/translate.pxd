@@ -6,21 +6,8 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
 from kvmmmu.bits.spte cimport bits_between
-from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.state cimport MemMap, Translation
 from kvmmmu.engine.walk cimport walk_memory, walk_nested
-
-cdef struct Translation:
-    uint64_t gva
-    uint64_t gpa          # of the byte; under a second dimension the address in host memory
-    uint64_t error_code   # of the fault
-    uint64_t fault_gpa    # guest-physical address that the second dimension refused
-    uint64_t entry        # last entry read of the guest's tables: the leaf, or where the walk ended
-    uint8_t fault         # FAULT_*
-    uint8_t page_shift    # log2 of the guest's page size
-    uint8_t access        # ACC rights of the guest's translation
-    uint8_t level         # of that last entry; 0: none was read
-    uint32_t unused
-
 
 cdef inline int walk_any(const Paging *p, const Paging *host, const MemMap *m, int *hint, Walk *w, Walk *hw,
                          uint64_t gva, uint64_t access, bint ac, bint set_ad) noexcept nogil:

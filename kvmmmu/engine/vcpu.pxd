@@ -2,7 +2,7 @@
 """One vCPU at work: the processor tries, KVM repairs, until the access ends somewhere."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
     FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_NONE,
@@ -17,8 +17,8 @@ from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.roles cimport tdp_enabled
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.state cimport (
-    Access, MMU_EPT, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF,
-    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Vcpu, Vm,
+    Access, MMU_EPT, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_PF,
+    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, Vcpu, Vm,
 )
 from kvmmmu.engine.walk cimport walk_memory, walk_nested
 
@@ -59,7 +59,8 @@ cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint6
             hpa[0] = vcpu.nested.gpa
             gpa[0] = shadow_gpa(vcpu)
         return fault
-    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva, access, vcpu.ac,
+    fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva,
+                        access, vcpu.ac,
                         True)
     if fault == FAULT_NONE:
         hpa[0] = vcpu.nested.gpa
@@ -97,26 +98,25 @@ cdef inline void access_move(Vcpu *vcpu, uint64_t hpa, uint64_t access, int size
         memcpy(data, host, size)
 
 
-cdef inline void access_begin(Access *out) noexcept nogil:
-    out.outcome = OUTCOME_OK
-    out.path = PATH_HARDWARE
-    out.n_mmio = 0
-    out.exits = 0
-    out.error_code = 0
-    out.fault_gva = 0
+cdef inline void access_begin(Access *out, int size) noexcept nogil:
+    """Every byte is set, so that columns of results can be compared as they are."""
+    memset(out, 0, sizeof(Access))
+    out.size = <uint8_t>size
     out.gpa = ALL_ONES
 
 
 cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
                              Access *out) noexcept nogil:
-    """One load, store or fetch of ``size`` bytes (at most a page) with everything it causes.
+    """One load, store or fetch of ``size`` bytes (1 to 64) with everything it causes.
 
     ``access`` holds PFERR_WRITE, PFERR_FETCH, PFERR_IMPLICIT; PFERR_USER comes from the CPL.
     ``data`` may be NULL: then nothing is moved, but every check and exit happens.
     """
     cdef int fault, result, first
     cdef uint64_t gpa = 0, hpa = 0, hpa2 = 0, gpa2 = 0, known_gpa = ALL_ONES, here
-    access_begin(out)
+    # Outside 64-bit code the processor forms 32-bit addresses: nobody ever sees the bits above.
+    gva &= vcpu.guest.va_mask
+    access_begin(out, size)
     if vcpu.cpl == 3 and not access & PFERR_IMPLICIT:
         access |= PFERR_USER
     first = 4096 - <int>(gva & 4095)
@@ -131,7 +131,7 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
         here = gva
         fault = hardware_access(vcpu, here, access, &gpa, &hpa)
         if fault == FAULT_NONE and first < size:
-            here = gva + <uint64_t>first
+            here = (gva + <uint64_t>first) & vcpu.guest.va_mask
             fault = hardware_access(vcpu, here, access, &gpa2, &hpa2)
         if fault == FAULT_NONE:
             access_move(vcpu, hpa, access, first, data)

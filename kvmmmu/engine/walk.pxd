@@ -113,9 +113,9 @@ cdef inline uint64_t walk_second_access(const Paging *host, uint64_t access) noe
     return access if access else PFERR_USER
 
 
-cdef inline int walk_nested_loop(int fmt, const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint,
-                                 Walk *gw, Walk *hw, uint64_t *hpas, uint64_t gva, uint64_t access, bint ac,
-                                 bint set_ad) noexcept nogil:
+cdef inline int walk_nested_loop(int fmt, const Paging *guest, const Paging *host, const MemMap *m, int *hint,
+                                 int *guest_hint, Walk *gw, Walk *hw, uint64_t *hpas, uint64_t gva, uint64_t access,
+                                 bint ac, bint set_ad) noexcept nogil:
     cdef int r = walk_begin(guest, gw, gva, access, ac)
     while r == WALK_NEXT:
         if walk_second_table(host, m, hint, hw, gw.entry_gpa, host.table_access, host.table_note,
@@ -128,8 +128,8 @@ cdef inline int walk_nested_loop(int fmt, const Paging *guest, const Paging *hos
     return r
 
 
-cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint, Walk *gw,
-                                   Walk *hw, const uint64_t *hpas) noexcept nogil:
+cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, const MemMap *m, int *hint,
+                                   int *guest_hint, Walk *gw, Walk *hw, const uint64_t *hpas) noexcept nogil:
     """Guest A/D bits after everything else was granted: WALK_LEAF, WALK_FAULT, or WALK_NEXT to walk again."""
     cdef Walk second
     cdef int level = gw.top
@@ -151,8 +151,9 @@ cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, cons
     return WALK_LEAF
 
 
-cdef inline int walk_nested(const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint, Walk *gw, Walk *hw,
-                            uint64_t gva, uint64_t access, bint ac, bint set_ad) noexcept nogil:
+cdef inline int walk_nested(const Paging *guest, const Paging *host, const MemMap *m, int *hint,
+                            int *guest_hint, Walk *gw, Walk *hw, uint64_t gva, uint64_t access, bint ac,
+                            bint set_ad) noexcept nogil:
     """Walk guest tables whose addresses the ``host`` tables translate; ``m`` is host memory.
 
     Success: gw.gpa is guest-physical, hw.gpa is where it stands.  A fault of the second

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -33,6 +35,9 @@ _CORRUPT = (
     NotImplementedError,
     RuntimeError,
     SyntaxError,
+    tokenize.TokenError,
+    struct.error,
+    OverflowError,
     OSError,
     MemoryError,
 )

@@ -68,7 +68,7 @@ def test_kvms_walker_reserves_bit_8_of_the_topmost_entries_of_an_amd_guest():
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("nxe", [False, True])
 def test_pae_entries(width, nxe):
-    # SDM vol. 3A tables 4-8 to 4-11: bits 62 down to MAXPHYADDR at every level; bit 63 unless NXE; a PDPTE has 63 always.
+    # SDM vol. 3A tables 4-8 to 4-11: bits 62 down to MAXPHYADDR at every level; 63 unless NXE; a PDPTE has 63 always.
     cpu = GuestCpu(maxphyaddr=width)
     paging = Paging(PG_PE, 0, PAE, NXE if nxe else 0, cpu, pdptes=(0, 0, 0, 0))
     common = physical(62, width) | (set() if nxe else {63})
@@ -85,7 +85,7 @@ def test_pae_entries(width, nxe):
     ("width", "expected"), [(32, "21-13"), (33, "21-14"), (36, "21-17"), (39, "21-20"), (40, "21"), (52, "21")]
 )
 def test_a_4_mib_page_reserves_what_lies_between_its_last_address_bit_and_bit_22(width, expected):
-    # SDM vol. 3A table 4-4: bits (M-20):13 are address bits M-1:32 with M = min(40, MAXPHYADDR); 21:(M-19) are reserved.
+    # SDM vol. 3A table 4-4: bits (M-20):13 are address bits M-1:32, M = min(40, MAXPHYADDR); 21:(M-19) are reserved.
     paging = Paging(PG_PE, 0, PSE, 0, GuestCpu(maxphyaddr=width))
     assert_reserved(paging, 2, True, bits(expected), nbits=32)
     assert_reserved(paging, 2, False, set(), nbits=32)

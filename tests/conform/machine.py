@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvmmmu.traces import Chunk
+
 
 @dataclass
 class Done:
-    n_done: int
+    events: int
     disagreements: int
     first: tuple[Any, ...] | None = None
 
@@ -22,7 +24,7 @@ class Done:
 class StandInSlots:
     slots: list[tuple[int, npt.NDArray[np.uint8], bool]] = field(default_factory=list)
 
-    def create(self, *, gpa: int, memory: npt.NDArray[np.uint8], readonly: bool) -> None:
+    def create(self, *, gpa: int, memory: npt.NDArray[np.uint8], readonly: bool, **_: Any) -> None:
         self.slots.append((gpa, memory, readonly))
 
     def words(self, gpa: int) -> npt.NDArray[np.uint64]:
@@ -36,11 +38,11 @@ class StandInSlots:
 class StandIn:
     """VM and vCPU in one."""
 
-    def __init__(self, *, wrong_at: int | None = None, stop_at: int | None = None) -> None:
+    def __init__(self, *, wrong_at: int | None = None) -> None:
         self.memslots = StandInSlots()
         self.fed: list[tuple[int, int]] = []
         self.pdptes_at_load: dict[int, list[int]] = {}
-        self.wrong_at, self.stop_at = wrong_at, stop_at
+        self.wrong_at = wrong_at
         self.stats = {
             "pf_taken": 7,
             "pf_fixed": 5,
@@ -50,7 +52,9 @@ class StandIn:
             "mmio_slow": 10,
         }
 
-    def replay(self, kind: Any, a: Any, b: Any, c: Any, size: Any, flags: Any, cpl: Any, *, start: int) -> Done:
+    def replay(self, chunk: Chunk, *, start: int, values: bool) -> Done:
+        kind, a, b, c, size = chunk.kind, chunk.a, chunk.b, chunk.c, chunk.size
+        assert start == chunk.start
         self.fed.append((start, len(kind)))
         for i in np.flatnonzero(kind == 10).tolist():
             gpa = int(b[i])
@@ -60,8 +64,6 @@ class StandIn:
         for i in np.flatnonzero(kind == 2).tolist():
             cr3 = int(a[i])
             self.pdptes_at_load.setdefault(cr3, self.memslots.words(cr3)[(cr3 & 0xFE0) // 8 :][:4].tolist())
-        if self.stop_at is not None and start <= self.stop_at < start + len(kind):
-            return Done(self.stop_at - start, 0)
         if self.wrong_at is not None and start <= self.wrong_at < start + len(kind):
             return Done(len(kind), 1, (self.wrong_at, "load at gva 0x1000", "gpa 0x2000", "gpa 0x3000", "the walk"))
         return Done(len(kind), 0)

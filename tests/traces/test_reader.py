@@ -177,9 +177,11 @@ def test_a_piece_of_a_run_has_no_final_page_tables_and_the_whole_run_has(tmp_pat
 
 def test_frames_of_a_packed_file_follow_each_other(tmp_path: Path) -> None:
     columns = small_columns()
-    write_npz(tmp_path, {**columns, "page_gpa": columns["page_gpa"][:1], "page_t0": columns["page_t0"][:1]} | {
-        "page_t1": columns["page_t1"][:1]
-    })
+    write_npz(
+        tmp_path,
+        {**columns, "page_gpa": columns["page_gpa"][:1], "page_t0": columns["page_t0"][:1]}
+        | {"page_t1": columns["page_t1"][:1]},
+    )
     raw = raw_bytes(columns)
     stream = zstandard.ZstdCompressor().compressobj()
     unsized = stream.compress(raw[32 * 150 :]) + stream.flush()
@@ -249,9 +251,7 @@ def test_a_column_that_is_not_what_it_should_be_is_named(tmp_path: Path, change:
         open_trace(path)
 
 
-@pytest.mark.parametrize(
-    ("column", "value"), [("kind", 6), ("kind", 255), ("size", 5), ("flags", 8), ("cpl", 4)]
-)
+@pytest.mark.parametrize(("column", "value"), [("kind", 6), ("kind", 255), ("size", 5), ("flags", 8), ("cpl", 4)])
 def test_a_record_of_no_known_kind_is_named_with_its_number(tmp_path: Path, column: str, value: int) -> None:
     columns = small_columns()
     columns[column][123] = value
@@ -412,3 +412,39 @@ def test_table_stores_named_from_raw_records_are_those_the_recorder_named(shared
     raw = stores(shared / "traces/linux-x86_64-4level-mmio-first1M.raw.zst")
     assert len(raw) > 1000
     assert np.array_equal(raw, compact[: len(raw)])
+
+
+@given(
+    header=st.text(max_size=120)
+    | st.builds(
+        lambda descr, order, shape: f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}",
+        st.sampled_from(["'<u8'", "'|u1'", "'|O'", "[('a', '<u8')]", "'<U9'", "5", "(", "'x'"]),
+        st.sampled_from(["False", "True", "None", "'"]),
+        st.sampled_from(
+            [
+                "(300,)",
+                "()",
+                "(300, 1)",
+                "(-1,)",
+                "(2.5,)",
+                "(99999999999999999999,)",
+                "300",
+                "[300]",
+                "('",
+            ]
+        ),
+    )
+)
+def test_an_array_header_of_any_text_is_refused_unless_it_says_what_it_should(folder: Path, header: str) -> None:
+    columns = small_columns()
+    good = "{'descr': '|u1', 'fortran_order': False, 'shape': (300,), }"
+    path = write_npz(folder, broken(columns, kind=None), "smallheader")
+    text = header.encode()
+    with zipfile.ZipFile(path, "a") as archive:
+        head = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+        archive.writestr("kind.npy", head + columns["kind"].tobytes())
+    try:
+        read = read_or_refuse(path)
+        assert read is None or "".join(header.split()) == "".join(good.split())
+    finally:
+        path.unlink()
