@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmmmu.check.links import spte_name
 from kvmmmu.check.snapshot import ENTRIES, MMIO_GENERATION, Role, Snapshot
@@ -14,24 +15,24 @@ _GENERATION_MASK = (1 << 19) - 1
 _IN_PROGRESS = 1 << 63
 
 
-def _leaves(s: Snapshot) -> Iterator[tuple[int, int]]:
-    for page, entry in np.argwhere(s.leaf).tolist():
-        yield page, entry
+def _leaves(s: Snapshot) -> list[tuple[int, int]]:
+    return [(page, entry) for page, entry in np.argwhere(s.leaf).tolist()]
 
 
-def _mask(s: Snapshot, bits: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    return (s.sptes & np.uint64(bits)) != 0
+def _mask(s: Snapshot, bits: int) -> npt.NDArray[np.bool_]:
+    mask: npt.NDArray[np.bool_] = (s.sptes & np.uint64(bits)) != 0
+    return mask
 
 
 def writability(s: Snapshot) -> Iterator[Violation]:
     """W needs MMU-writable, and MMU-writable needs host-writable (I6)."""
     w, mmu, host = _mask(s, 2), _mask(s, s.mmu_writable), _mask(s, s.host_writable)
     for page, entry in np.argwhere(s.leaf & (w & ~mmu | mmu & ~host)).tolist():
-        yield Violation(
-            "writability",
-            spte_name(s, page * ENTRIES + entry),
-            f"has host-writable {int(host[page, entry])}, MMU-writable {int(mmu[page, entry])}, W {int(w[page, entry])}",
+        bits = ", ".join(
+            f"{name} {int(column[page, entry])}"
+            for name, column in (("host-writable", host), ("MMU-writable", mmu), ("W", w))
         )
+        yield Violation("writability", spte_name(s, page * ENTRIES + entry), f"has {bits}")
 
 
 def large_leaves(s: Snapshot) -> Iterator[Violation]:
@@ -48,16 +49,18 @@ def large_leaves(s: Snapshot) -> Iterator[Violation]:
         if slot is None or gfn + size > slot.base_gfn + slot.npages:
             yield Violation(name, where, f"{size:#x} pages from gfn {gfn:#x} are not all in one slot")
             continue
-        inside = [first <= gfn - slot.base_gfn and gfn - slot.base_gfn + size <= first + n and host >= level
-                  for first, n, _, host in _segments(slot.segments)]  # fmt: skip
-        if not any(inside):
+        place = gfn - slot.base_gfn
+        if not any(
+            first <= place and place + size <= first + n and host >= level
+            for first, n, _, host in _segments(slot.segments)
+        ):
             yield Violation(name, where, f"the host does not back gfn {gfn:#x} with a page of level {level}")
         forbidden = int(slot.disallow[level][(gfn >> 9 * (level - 1)) - (slot.base_gfn >> 9 * (level - 1))])
         if forbidden and s.sptes[page, entry] & bits:
             yield Violation(name, where, f"may be written with {forbidden} reasons against a large page")
 
 
-def _segments(column: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> list[tuple[int, int, int, int]]:
+def _segments(column: npt.NDArray[np.uint64]) -> list[tuple[int, int, int, int]]:
     return [(int(first), int(n), int(pfn), int(level) & 0xFF) for first, n, pfn, level in column.tolist()]
 
 
@@ -75,7 +78,7 @@ def rights(s: Snapshot) -> Iterator[Violation]:
         if own & ~(above | wp0):
             yield Violation(name, where, f"stands for rights {own}, its page has {above}")
         granted = int(fetch[page, entry]) | int(write[page, entry]) << 1 | int(user[page, entry]) << 2
-        if granted & ~own and s.x == 0 | s.nx:
+        if granted & ~own:
             yield Violation(name, where, f"grants {granted} of the rights {own}")
         slot = s.spaces[Role.as_id(role)].at(int(s.gfn[page, entry]))
         if slot is not None and slot.readonly and s.sptes[page, entry] & np.uint64(2 | s.host_writable):
@@ -90,7 +93,8 @@ def frames(s: Snapshot) -> Iterator[Violation]:
         wanted = None if slot is None else slot.pfn(gfn)
         if wanted != pfn:
             expected = "no slot there" if wanted is None else f"{wanted:#x}"
-            yield Violation("frames", spte_name(s, page * ENTRIES + entry), f"gfn {gfn:#x}: pfn {pfn:#x}, expected {expected}")
+            where = spte_name(s, page * ENTRIES + entry)
+            yield Violation("frames", where, f"maps gfn {gfn:#x} to pfn {pfn:#x}, expected {expected}")
 
 
 def mmio(s: Snapshot) -> Iterator[Violation]:
@@ -98,15 +102,16 @@ def mmio(s: Snapshot) -> Iterator[Violation]:
     name = "mmio"
     for page, entry in np.argwhere(s.mmio).tolist():
         spte, space = int(s.sptes[page, entry]), s.spaces[Role.as_id(s.role(page))]
+        where = spte_name(s, page * ENTRIES + entry)
         gpa = spte & s.nonpresent_low_gfn | spte >> 5 & s.nonpresent_or_rsvd
         gen = spte >> 3 & 0xFF | (spte >> 52 & 0x7FF) << 8
         if s.mmio_scheme == MMIO_GENERATION:
             if gen == space.generation & _GENERATION_MASK and space.at(gpa >> 12) is not None:
-                yield Violation(name, spte_name(s, page * ENTRIES + entry), f"is current, gfn {gpa >> 12:#x} has a slot")
+                yield Violation(name, where, f"is current, but gfn {gpa >> 12:#x} has a slot")
             if gen & 1 != space.as_id:
-                yield Violation(name, spte_name(s, page * ENTRIES + entry), f"has generation {gen} of the other space")
+                yield Violation(name, where, f"has generation {gen} of the other space")
         if s.level[page] != 1:
-            yield Violation(name, spte_name(s, page * ENTRIES + entry), f"is at level {s.level[page]}, expected 1")
+            yield Violation(name, where, f"is at level {s.level[page]}, expected 1")
     stray = (s.sptes != 0) & (s.shadow | s.tdp)[:, None] & ~s.present & ~s.mmio
     for page, entry in np.argwhere(stray).tolist():
         yield Violation(name, spte_name(s, page * ENTRIES + entry), "is neither present nor an mmio spte, expected 0")

@@ -96,19 +96,17 @@ def children(s: Snapshot) -> Iterator[Violation]:
             yield Violation(name, where, f"is at level {Role.level(role)}, its child at level {Role.level(other)}")
         differ = (role ^ other) & ~(0xF | 0x700 | 0x60 | Role.DIRECT | Role.INVALID)
         if differ:
-            yield Violation(name, where, f"role {role:#x} has a child of role {other:#x}: bits {differ:#x} may not differ")
+            yield Violation(name, where, f"role {role:#x}, child's role {other:#x}: bits {differ:#x} may not differ")
         if role & Role.DIRECT:
             if not other & Role.DIRECT:
                 yield Violation(name, where, f"is direct, its child {child} is not")
             if s.pages["gfn"][child] != s.gfn[page, entry]:
-                yield Violation(
-                    name, where, f"stands for gfn {int(s.gfn[page, entry]):#x}, its child for {s.pages['gfn'][child]:#x}"
-                )
+                gfns = int(s.gfn[page, entry]), int(s.pages["gfn"][child])
+                yield Violation(name, where, f"stands for gfn {gfns[0]:#x}, its child for {gfns[1]:#x}")
         elif Role.access(other) & ~Role.access(role) & ~2:
             yield Violation(name, where, f"has rights {Role.access(role)}, its child {Role.access(other)}")
-        if other & Role.FOUR_BYTE and not other & Role.DIRECT and Role.level(other) == 1 and (
-            Role.quadrant(other) != entry & 1
-        ):
+        quarters = other & Role.FOUR_BYTE and not other & Role.DIRECT and Role.level(other) == 1
+        if quarters and Role.quadrant(other) != entry & 1:
             yield Violation(name, where, f"has a child of quadrant {Role.quadrant(other)}, expected {entry & 1}")
 
 

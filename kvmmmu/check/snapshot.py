@@ -14,6 +14,7 @@ from kvmmmu import _core
 __all__ = ["Role", "SlotColumns", "Snapshot", "Space"]
 
 U64 = npt.NDArray[np.uint64]
+Bools = npt.NDArray[np.bool_]
 
 # The tags and field orders of kvmmmu/engine/snapshot.pxd.
 _VM, _STATS, _PAGES, _SPTES, _SHADOWED, _UNSYNC_BITS, _DESCS, _HASH, _SPACE, _SLOT = range(1, 11)
@@ -27,7 +28,6 @@ _VM_FIELDS: Final = (
 _VCPU_FIELDS: Final = (
     "id as_id requests cpu_role root_role pae_root mmio_gva mmio_gfn mmio_access mmio_generation"
 ).split()
-_SLOT_FIELDS: Final = ("as_id", "id", "base_gfn", "npages", "flags", "base_pfn")
 
 ENTRIES: Final = 512
 LIST_FREE, LIST_ACTIVE, LIST_INVALID = 1, 2, 3
@@ -213,7 +213,8 @@ class Snapshot:
         elif tag == _SPACE:
             self.spaces.append(Space(numbers[0], numbers[1]))
         elif tag == _SLOT:
-            self.spaces[-1].slots.append(SlotColumns(**dict(zip(_SLOT_FIELDS, numbers, strict=True))))
+            as_id, id, base_gfn, npages, flags, base_pfn = numbers
+            self.spaces[-1].slots.append(SlotColumns(as_id, id, base_gfn, npages, flags, base_pfn))
         elif tag == _RANGE:
             self.ranges.append((numbers[0], numbers[1], numbers[2]))
         else:
@@ -243,26 +244,29 @@ class Snapshot:
         return int(self.pages["role"][page])
 
     @cached_property
-    def live(self) -> npt.NDArray[np.bool_]:
+    def live(self) -> Bools:
         """By page: it is in use, as a page of the shadow MMU, of the TDP MMU, or as a PAE root table."""
-        live = self.pages["on_list"] != LIST_FREE
+        live: Bools = self.pages["on_list"] != LIST_FREE
         live[0] = False
         return live
 
     @cached_property
-    def shadow(self) -> npt.NDArray[np.bool_]:
+    def shadow(self) -> Bools:
         """By page: in use by the shadow MMU."""
-        return self.live & (self.pages["tdp"] == 0) & (self.pages["special"] == 0)
+        shadow: Bools = self.live & (self.pages["tdp"] == 0) & (self.pages["special"] == 0)
+        return shadow
 
     @cached_property
-    def tdp(self) -> npt.NDArray[np.bool_]:
+    def tdp(self) -> Bools:
         """By page: in use by the TDP MMU."""
-        return self.live & (self.pages["tdp"] != 0)
+        tdp: Bools = self.live & (self.pages["tdp"] != 0)
+        return tdp
 
     @cached_property
-    def valid(self) -> npt.NDArray[np.bool_]:
+    def valid(self) -> Bools:
         """By page: in use by the shadow MMU and not zapped."""
-        return self.shadow & ((self.pages["role"] & Role.INVALID) == 0)
+        valid: Bools = self.shadow & ((self.pages["role"] & Role.INVALID) == 0)
+        return valid
 
     @cached_property
     def level(self) -> npt.NDArray[np.uint32]:
@@ -271,19 +275,20 @@ class Snapshot:
         return levels
 
     @cached_property
-    def present(self) -> npt.NDArray[np.bool_]:
+    def present(self) -> Bools:
         """By entry: shadow-present, in a page of either MMU."""
-        present: npt.NDArray[np.bool_] = (self.sptes >> np.uint64(11) & np.uint64(1)).astype(np.bool_)
+        present: Bools = (self.sptes >> np.uint64(11) & np.uint64(1)).astype(np.bool_)
         return present & (self.shadow | self.tdp)[:, None]
 
     @cached_property
-    def leaf(self) -> npt.NDArray[np.bool_]:
+    def leaf(self) -> Bools:
         """By entry: maps memory."""
         large = (self.sptes >> np.uint64(7) & np.uint64(1)).astype(np.bool_)
-        return self.present & ((self.level == 1)[:, None] | large)
+        leaf: Bools = self.present & ((self.level == 1)[:, None] | large)
+        return leaf
 
     @cached_property
-    def link(self) -> npt.NDArray[np.bool_]:
+    def link(self) -> Bools:
         """By entry: points to a page."""
         return self.present & ~self.leaf
 
@@ -298,15 +303,17 @@ class Snapshot:
         role = self.pages["role"]
         step = np.uint64(1) << (np.uint64(9) * (np.maximum(self.level, 1) - np.uint64(1)).astype(np.uint64))
         linear = self.pages["gfn"][:, None] + np.arange(ENTRIES, dtype=np.uint64)[None, :] * step[:, None]
-        return np.where(Role.has_gptes(role)[:, None], self.shadowed >> np.uint64(12), linear)
+        gfn: U64 = np.where(Role.has_gptes(role)[:, None], self.shadowed >> np.uint64(12), linear)
+        return gfn
 
     @cached_property
-    def mmio(self) -> npt.NDArray[np.bool_]:
+    def mmio(self) -> Bools:
         """By entry: an mmio spte."""
         if not self.mmio_caching:
             return np.zeros(self.sptes.shape, np.bool_)
         match = (self.sptes & np.uint64(self.mmio_mask)) == np.uint64(self.mmio_value)
-        return match & (self.shadow | self.tdp)[:, None] & ~self.present
+        mmio: Bools = match & (self.shadow | self.tdp)[:, None] & ~self.present
+        return mmio
 
     def list(self, head: int) -> list[int]:
         """The entries of an spte list, by spte index (page * 512 + entry).

@@ -49,9 +49,8 @@ def tree(s: Snapshot) -> Iterator[Violation]:
             if s.role(child) != s.role(page) - 1:
                 yield Violation(name, where, f"role {s.role(page):#x} has a child of role {s.role(child):#x}")
             if s.pages["gfn"][child] != s.gfn[page, entry]:
-                yield Violation(
-                    name, where, f"stands for gfn {int(s.gfn[page, entry]):#x}, its child for {s.pages['gfn'][child]:#x}"
-                )
+                gfns = int(s.gfn[page, entry]), int(s.pages["gfn"][child])
+                yield Violation(name, where, f"stands for gfn {gfns[0]:#x}, its child for {gfns[1]:#x}")
     for page in np.flatnonzero(s.tdp).tolist():
         if page not in reached:
             yield Violation(name, f"page {page}", "is a table of the TDP MMU, but hangs from no root")

@@ -69,19 +69,13 @@ def write_tracking(s: Snapshot) -> Iterator[Violation]:
     wanted = Counter((Role.as_id(s.role(t)), int(s.pages["gfn"][t])) for t in _tables(s) if s.level[t] > 1)
     for space in s.spaces:
         for slot in space.slots:
-            found = {(space.as_id, slot.base_gfn + i): int(slot.write_track[i]) for i in np.flatnonzero(slot.write_track)}
-            inside = {
-                key: n
-                for key, n in wanted.items()
-                if key[0] == space.as_id and slot.base_gfn <= key[1] < slot.base_gfn + slot.npages
-            }
-            for key in sorted(found.keys() | inside.keys()):
-                if found.get(key, 0) != inside.get(key, 0):
-                    yield Violation(
-                        "write tracking",
-                        f"gfn {key[1]:#x}",
-                        f"write_track is {found.get(key, 0)}, expected {inside.get(key, 0)}",
-                    )
+            first, end = slot.base_gfn, slot.base_gfn + slot.npages
+            gfns = {first + place for place in np.flatnonzero(slot.write_track).tolist()}
+            gfns |= {gfn for as_id, gfn in wanted if as_id == space.as_id and first <= gfn < end}
+            for gfn in sorted(gfns):
+                found, expected = int(slot.write_track[gfn - first]), wanted[space.as_id, gfn]
+                if found != expected:
+                    yield Violation("write tracking", f"gfn {gfn:#x}", f"write_track is {found}, expected {expected}")
 
 
 def disallow_counts(s: Snapshot) -> Iterator[Violation]:
