@@ -59,8 +59,7 @@ def constants():
         "ROLE_EXT_SMAP": ROLE_EXT_SMAP, "ROLE_EXT_SMEP": ROLE_EXT_SMEP, "ROLE_EXT_LA57": ROLE_EXT_LA57,
         "ROLE_EXT_LMA": ROLE_EXT_LMA, "MEM_LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES, "MEM_READONLY": MEM_READONLY,
         "MEMSLOT_INVALID": MEMSLOT_INVALID, "BIT51": BIT51, "GFN_HASH_MULTIPLIER": GFN_HASH_MULTIPLIER,
-        "ALL_ONES": ALL_ONES,
-        "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN, "ONE": ONE,
+        "ONE": ONE, "ALL_ONES": ALL_ONES, "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN,
         "ACC_X": ACC_X, "ACC_W": ACC_W, "ACC_U": ACC_U, "ACC_ALL": ACC_ALL,
     }
 
@@ -701,16 +700,22 @@ from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
+from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
-from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host_level, slot_pfn, slots_generation, vm_slots
+from kvmmmu.engine.hostpages cimport host_write
+from kvmmmu.engine.insn cimport insn_continue, insn_execute
+from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn, slots_generation, vm_slots
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
+from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
 from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
 from kvmmmu.engine.roles cimport roles_refresh
-from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
+from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
@@ -809,9 +814,11 @@ cdef class VmCore(VmHandle):
     cdef Vm *vm
     cdef bint closed
     cdef dict exports
+    cdef object __weakref__
     cdef uint64_t next_token
 
-    def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages):
+    def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
+                  bint eager_split=True):
         cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
@@ -826,6 +833,8 @@ cdef class VmCore(VmHandle):
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
         vm.switches.nx_huge_pages = nx_huge_pages
+        vm.switches.eager_split = eager_split
+        vm.notify_replaced = page_replaced
         vm.rmaps = not vm.switches.tdp_mmu
         if mmu == MMU_EPT:
             spte_masks_ept(&vm.masks, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
@@ -877,6 +886,7 @@ cdef class VmCore(VmHandle):
         if runs >= 0:
             raise VmBusyError(f"vCPU {runs} is running: closing the VM needs every vCPU stopped")
         self.closed = True
+        vm_teardown(self.vm)
         slots_lock(self.vm)
         vm_slots_free(self.vm)
         slots_unlock(self.vm)
@@ -1016,11 +1026,98 @@ cdef class VmCore(VmHandle):
         self.check_open()
         return self.vm.max_pages
 
-    def take_zap_request(self):
-        """True when a slot change asked for all shadow pages to go; the request is cleared."""
-        wanted = bool(self.vm.want_zap_all)
-        self.vm.want_zap_all = 0
-        return wanted
+    def set_nr_mmu_pages(self, pages):
+        """KVM_SET_NR_MMU_PAGES; False below the minimum of 64."""
+        cdef uint64_t goal = as_word(pages, "pages", 32)
+        self.check_open()
+        if goal < MIN_MMU_PAGES:
+            return False
+        slots_lock(self.vm)
+        mmu_write_lock(self.vm)
+        set_max_pages(self.vm, <int64_t>goal)
+        self.vm.requested_pages = <int64_t>goal
+        mmu_write_unlock(self.vm)
+        slots_unlock(self.vm)
+        return True
+
+    def set_manual_protect(self, int bits):
+        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 the log is cleared by hand, 3 and starts all dirty."""
+        self.check_open()
+        self.vm.switches.manual_protect = <uint8_t>bits
+
+    def dirty_get(self, slot, out):
+        """KVM_GET_DIRTY_LOG into a column of uint64; an errno."""
+        cdef WalkColumn words = WalkColumn.of(out, "out", 8, -1, True)
+        cdef uint32_t number = <uint32_t>as_word(slot, "slot", 32)
+        cdef int err
+        self.check_open()
+        slots_lock(self.vm)
+        err = dirty_get(self.vm, number, <uint64_t *>words.view.buf, <uint64_t>words.view.len // 8)
+        slots_unlock(self.vm)
+        return -err
+
+    def dirty_clear(self, slot, first_page, npages, bits):
+        """KVM_CLEAR_DIRTY_LOG; an errno."""
+        cdef uint64_t first = as_word(first_page, "first_page")
+        cdef uint64_t n = as_word(npages, "npages")
+        cdef WalkColumn words = WalkColumn.of(bits, "bits", 8, -1, False)
+        cdef uint32_t number = <uint32_t>as_word(slot, "slot", 32)
+        cdef int err
+        self.check_open()
+        if <uint64_t>words.view.len // 8 < (n + 63) // 64:
+            raise ArgumentError(f"bits has {words.view.len // 8} words; {n} pages need {(n + 63) // 64}")
+        slots_lock(self.vm)
+        err = dirty_clear(self.vm, number, first, n, <const uint64_t *>words.view.buf)
+        slots_unlock(self.vm)
+        return -err
+
+    def host_pages(self, slot, first_page, npages, bint untouched):
+        """Declare pages of a slot's memory untouched, or give them back to the host (MADV_DONTNEED)."""
+        cdef uint32_t number = <uint32_t>as_word(slot, "slot", 32)
+        cdef uint64_t first = as_word(first_page, "first_page")
+        cdef uint64_t n = as_word(npages, "npages")
+        cdef Slot *s = NULL
+        self.check_open()
+        slots_lock(self.vm)
+        try:
+            if number >> 16 < ADDRESS_SPACES and number & 0xffff < MAX_SLOT_ID:
+                s = self.vm.slot_by_id[number >> 16][number & 0xffff]
+            if s == NULL:
+                raise ArgumentError(f"slot = {number} does not exist")
+            if first > s.npages or n > s.npages - first:
+                raise ArgumentError(f"pages {first} .. {first + n} are outside the slot's {s.npages} pages")
+            if not untouched and (<Export>self.exports[s.token]).view.readonly:
+                raise ArgumentError("the slot's memory is read-only")
+            if untouched:
+                slot_never_touched(self.vm, s, first, n)
+            else:
+                slot_dontneed(self.vm, s, first, n)
+        finally:
+            slots_unlock(self.vm)
+
+    def host_store(self, gpa, bytes data, int as_id):
+        """The user process writes its own memory, behind KVM's back."""
+        cdef uint64_t at = as_word(gpa, "gpa")
+        cdef Py_ssize_t done = 0, now, n = len(data)
+        cdef Slot *s
+        cdef int hint = 0
+        self.check_open()
+        while done < n:
+            now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
+            s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
+            if s == NULL:
+                raise ArgumentError(f"gpa {at + <uint64_t>done:#x} is in no slot")
+            if (<Export>self.exports[s.token]).view.readonly:
+                raise ArgumentError(f"gpa {at + <uint64_t>done:#x} stands in read-only memory")
+            host_write(self.vm, s, (at + <uint64_t>done) >> 12)
+            memcpy(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
+                   <const char *>data + done, <size_t>now)
+            done += now
+
+    @property
+    def mmu_valid_gen(self):
+        """0 or 1; flips whenever all shadow pages are made obsolete at once."""
+        return self.vm.valid_gen
 
     # -- everything at once
 
@@ -1405,6 +1502,46 @@ cdef class VcpuCore(VcpuHandle):
         self.release()
         return result, <bytes>buffer[:n]
 
+    def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
+                 bint vectoring, mmio_read):
+        """One instruction to its end: (AccessResult, suberror, MMIO exits, result).
+
+        ``mmio_read(gpa, size)`` returns the bytes a device gives; exits are (is write, gpa, size, data).
+        """
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef Insn insn
+        cdef uint8_t own = self.vcpu.cpl
+        cdef int i
+        cdef bytes data
+        memset(&insn, 0, sizeof(insn))
+        insn.op = <uint8_t>op
+        insn.gva = as_word(gva, "gva")
+        insn.size = <uint8_t>size
+        insn.value = as_word(value, "value")
+        insn.expected = as_word(expected, "expected")
+        insn.src = as_word(src, "src")
+        insn.code_gva = as_word(code_gva, "code_gva")
+        insn.code_size = <uint8_t>code_size
+        insn.split_rmw = split_rmw
+        self.claim()
+        try:
+            self.vcpu.cpl = <uint8_t>cpl
+            self.vcpu.vectoring = vectoring
+            insn_execute(self.vcpu, &insn, &result.a)
+            while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
+                for i in range(result.a.n_mmio):
+                    data = mmio_read(result.a.mmio_gpa[i], result.a.mmio_size[i])
+                    memcpy(insn.read_data + result.a.mmio_offset[i], <const char *>data,
+                           min(<size_t>len(data), <size_t>result.a.mmio_size[i]))
+                insn_continue(self.vcpu, &insn, &result.a)
+        finally:
+            self.vcpu.cpl = own
+            self.vcpu.vectoring = 0
+            self.release()
+        exits = [(bool(insn.exits[i].write), insn.exits[i].gpa, insn.exits[i].size, insn.exits[i].data)
+                 for i in range(insn.n_exits)]
+        return result, result.a.suberror, exits, insn.result
+
     def mmio_offsets(self, AccessResult result not None):
         """Where in the access each piece of ``result.mmio`` stands."""
         return [result.a.mmio_offset[i] for i in range(result.a.n_mmio)]
@@ -1503,6 +1640,55 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
         raise OverflowError(f"value = {value} is outside 0 ... 2^{8 * size}-1") from None
     memcpy(data, <const char *>raw, size)
     return 0
+
+
+# ---- trees: a copy of the tables KVM built
+
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.trees cimport TreePage, tree_copy, tree_list
+
+TREE_PAGE_DTYPE = np.dtype(
+    [("gfn", np.uint64), ("id", np.uint32), ("role", np.uint32), ("root_count", np.int32),
+     ("unsync_children", np.uint32), ("write_flooding", np.uint32)]
+    + [(name, np.uint8) for name in ("level", "unsync", "valid_gen", "nx_disallowed", "tdp", "special", "reached",
+                                     "unused")]
+    + [("unused2", np.uint32)])
+assert TREE_PAGE_DTYPE.itemsize == sizeof(TreePage)
+
+
+def tree_copy_of(VcpuCore core not None, bint everything):
+    """Pages under the vCPU's root (all there are: ``everything``): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
+
+    The first page is the root; there is none before the first entry.
+    """
+    cdef Vm *vm = core.owner.vm
+    cdef int32_t *ids = NULL
+    cdef uint8_t *seen = NULL
+    cdef int n, room = 64
+    cdef uint64_t page_address, spte_address
+    core.owner.check_open()
+    # Arrays are made before the lock is taken; more pages than expected: once more, with more room.
+    while True:
+        pages = np.empty(room, TREE_PAGE_DTYPE)
+        sptes = np.empty((room, 512), np.uint64)
+        page_address = pages.ctypes.data
+        spte_address = sptes.ctypes.data
+        mmu_write_lock(vm)
+        n = -1
+        seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
+        ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
+        if seen != NULL and ids != NULL:
+            n = tree_list(core.vcpu, everything, seen, ids)
+            if n <= room:
+                tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
+        mmu_write_unlock(vm)
+        free(seen)
+        free(ids)
+        if n < 0:
+            raise MemoryError("no memory for a copy of the tables")
+        if n <= room:
+            return pages[:n], sptes[:n]
+        room = n + 64
 
 
 # ---- C table

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from kvmmmu._core import VmCore
 from kvmmmu.errors import ArgumentError, MemslotError, VmClosedError
 
-__all__ = ["MemSlot", "MemSlots"]
+__all__ = ["MemSlot", "MemSlots", "slot_number"]
 
 LOG_DIRTY_PAGES: Final = 1
 READONLY: Final = 2
@@ -186,7 +186,7 @@ class MemSlots(Mapping[int, MemSlot]):
             slot = self._core.free_slot_id(space)
             if slot < 0:
                 raise MemslotError(EINVAL, "every slot id from 0 to 32763 is in use")
-        number = _number(slot)
+        number = slot_number(slot)
         if number >= SLOT_IDS:
             raise MemslotError(EINVAL, _REASONS["id"].format(detail=number))
         number |= space << 16
@@ -206,7 +206,7 @@ class MemSlots(Mapping[int, MemSlot]):
         MemslotError
             EINVAL when there is no such slot.
         """
-        number = _number(slot)
+        number = slot_number(slot)
         found = self._core.slot(number)
         self._apply(number, 0, found[1] if found else 0, 0, None)
 
@@ -219,7 +219,7 @@ class MemSlots(Mapping[int, MemSlot]):
             EINVAL or EEXIST by KVM's rules.  A move beyond the last gfn is refused as KVM refuses it:
             the slots are as before, but the generation has grown by 4 and shadow pages are gone.
         """
-        number = _number(slot)
+        number = slot_number(slot)
         found = self._core.slot(number)
         self._apply(number, found[3] if found else 0, gpa, None, None)
         return self[number]
@@ -232,7 +232,7 @@ class MemSlots(Mapping[int, MemSlot]):
         MemslotError
             EINVAL when there is no such slot.
         """
-        number = _number(slot)
+        number = slot_number(slot)
         found = self._core.slot(number)
         flags = (found[3] if found else 0) & ~LOG_DIRTY_PAGES | LOG_DIRTY_PAGES * bool(log_dirty)
         self._apply(number, flags, found[1] if found else 0, None, None)
@@ -246,6 +246,8 @@ class MemSlots(Mapping[int, MemSlot]):
         gpa: int = 0,
         size: int | None = None,
         memory: Any = None,
+        page_size: Literal["4K", "2M", "1G"] | None = None,
+        pfn_offset: int = 0,
     ) -> None:
         """One KVM_SET_USER_MEMORY_REGION, nothing added: what happens follows from its arguments.
 
@@ -260,13 +262,17 @@ class MemSlots(Mapping[int, MemSlot]):
             Bytes; 0 deletes.  By default all of ``memory``.
         memory : buffer, optional
             None stands for the memory the slot has.
+        page_size, pfn_offset : optional
+            As in ``create``.
 
         Raises
         ------
         MemslotError
             ``errno`` as KVM returns it.
         """
-        self._apply(slot, flags, gpa, size, memory)
+        if page_size not in _BACKINGS:
+            raise ArgumentError(f"page_size = {page_size!r}: allowed are '4K', '2M', '1G' and None")
+        self._apply(slot, flags, gpa, size, memory, _BACKINGS[page_size], pfn_offset)
 
     def generation(self, as_id: int = 0) -> int:
         """Generation of an address space: starts at ``as_id``, +2 per swap; bit 63 set while one is in flight."""
@@ -297,7 +303,7 @@ def _space(as_id: int) -> int:
     return operator.index(as_id)
 
 
-def _number(slot: int | MemSlot) -> int:
+def slot_number(slot: int | MemSlot) -> int:
     number = slot.number if isinstance(slot, MemSlot) else operator.index(slot)
     if not 0 <= number < 2**32:
         raise OverflowError(f"slot = {number} is outside 0 ... 2^32-1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -21,7 +22,7 @@ from kvmmmu.walks import walk_result
 if TYPE_CHECKING:
     from kvmmmu.vm import VM
 
-__all__ = ["Registers", "ReplayTotals", "VCpu"]
+__all__ = ["Execution", "MmioExit", "Registers", "ReplayTotals", "VCpu"]
 
 _KIND_CODES = {"r": 0, "w": 1, "x": 2}
 _DIFFERENCES = (
@@ -34,6 +35,8 @@ _DIFFERENCES = (
     "event kind",
 )
 _PIECE = 64
+# By number: INSN_*.
+_INSNS = ("load", "store", "fetch", "add", "cmpxchg", "movs")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,38 @@ class ReplayTotals:
     page_faults: int
     exits: int
     first: tuple[int, str, str, str, str] | None
+
+
+@dataclass(frozen=True)
+class MmioExit:
+    """One exit to user space for a device: ``data`` is what a write stores, 0 for a read."""
+
+    write: bool
+    gpa: int
+    size: int
+    data: int
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What became of an instruction.
+
+    Attributes
+    ----------
+    result : AccessResult
+        Its outcome; ``Outcome.MMIO`` when it ended with MMIO (``mmio`` lists all exits, reads answered).
+    suberror : int
+        Of ``Outcome.INTERNAL_ERROR``: 1 emulation failed, 3 an exit during exception delivery.
+    mmio : tuple of MmioExit
+        In order.
+    value : int
+        What a load or ``cmpxchg`` saw.
+    """
+
+    result: AccessResult
+    suberror: int
+    mmio: tuple[MmioExit, ...]
+    value: int
 
 
 class VCpu(VcpuCore):
@@ -330,6 +365,85 @@ class VCpu(VcpuCore):
             return text + "\nno root is loaded: KVM has built no tables for this vCPU yet"
         title = "shadow page tables" if self.vm.mmu == "shadow" else self.vm.mmu.upper() + " tables"
         return f"{text}\n{title}: {explain_walk(walk_result(built))}"
+
+    def execute(
+        self,
+        op: str,
+        gva: SupportsIndex,
+        *,
+        size: int = 8,
+        value: int = 0,
+        expected: int = 0,
+        src: SupportsIndex = 0,
+        code_gva: SupportsIndex = 0,
+        code_size: int = 0,
+        cpl: SupportsIndex | None = None,
+        split_rmw: bool = False,
+        vectoring: bool = False,
+        mmio_read: Callable[[int, int], bytes] | None = None,
+    ) -> Execution:
+        """Run one instruction with its memory operands, KVM's emulator included.
+
+        Parameters
+        ----------
+        op : {"load", "store", "fetch", "add", "cmpxchg", "movs"}
+            ``add`` reads, modifies and writes; ``cmpxchg`` is locked; ``movs`` copies from ``src``; ``fetch``
+            jumps to ``gva``.
+        gva : int
+            The operand (of ``movs``: where it writes).
+        size : {1, 2, 4, 8}
+            Bytes of the operand.
+        value : int
+            What is stored or added.
+        expected : int
+            What ``cmpxchg`` compares with.
+        src : int
+            Where ``movs`` reads.
+        code_gva, code_size : int
+            Where the instruction stands and its length: KVM's emulator fetches it from there.
+        cpl : int, optional
+            The vCPU's own by default.
+        split_rmw : bool
+            The processor reports a faulting ``add`` or ``cmpxchg`` as a read first (some emulators do).
+        vectoring : bool
+            The access belongs to the delivery of an exception.
+        mmio_read : callable, optional
+            ``mmio_read(gpa, size)`` answers MMIO reads; by default the devices of ``vm.mmio`` do, and where
+            there is none all bytes are ones.
+
+        Returns
+        -------
+        Execution
+
+        Raises
+        ------
+        ArgumentError
+            ``op``, ``size`` or ``cpl`` out of range.
+        """
+        if op not in _INSNS:
+            raise ArgumentError(f"op is {op!r}; allowed are {', '.join(map(repr, _INSNS))}")
+        if size not in (1, 2, 4, 8):
+            raise ArgumentError(f"size is {size!r}; allowed are 1, 2, 4 and 8")
+
+        def device(gpa: int, length: int) -> bytes:
+            answer = self.vm.mmio.read(gpa, length)
+            return b"\xff" * length if answer is None else answer
+
+        result, suberror, exits, value_out = self.run_insn(
+            _INSNS.index(op),
+            gva,
+            size,
+            value,
+            expected,
+            src,
+            code_gva,
+            index_in("code_size", code_size, 0, 15),
+            self._cpl(cpl),
+            split_rmw,
+            vectoring,
+            device if mmio_read is None else mmio_read,
+        )
+        return Execution(result, suberror, tuple(MmioExit(*e) for e in exits), value_out)
 
     # -- recorded runs
 

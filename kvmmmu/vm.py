@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self, get_args
 
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu._arguments import column_u64, index_in
 from kvmmmu._core import VmCore
 from kvmmmu.behaviour import MMIO_SCHEMES, Behaviour, MmioScheme
 from kvmmmu.check import check_vm
 from kvmmmu.cpu import GuestCpu, HostCpu
-from kvmmmu.errors import ArgumentError
+from kvmmmu.errors import ArgumentError, MemslotError
 from kvmmmu.events import Events
-from kvmmmu.memslots import MemSlots
+from kvmmmu.memslots import MemSlot, MemSlots, slot_number
 from kvmmmu.mmio import Mmio
 from kvmmmu.stats import VmStats
+from kvmmmu.trees import PageTables
 from kvmmmu.vcpu import VCpu
 
 __all__ = ["VM"]
@@ -97,6 +103,7 @@ class VM:
         self.mmio = Mmio()
         self.stats = VmStats(self._core)
         self.events = Events(self._core)
+        self._vcpus: list[VCpu] = []
 
     @property
     def mmu(self) -> Mmu:
@@ -136,7 +143,143 @@ class VM:
         guest = GuestCpu() if cpu is None else cpu
         if not isinstance(guest, GuestCpu):
             raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
-        return VCpu(self._core, guest.model(), self, guest)
+        vcpu = VCpu(self._core, guest.model(), self, guest)
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    def page_tables(self, vcpu: VCpu | None = None, *, all: bool = False) -> PageTables:
+        """Copy the tables KVM built for a vCPU.
+
+        Parameters
+        ----------
+        vcpu : VCpu, optional
+            The only one by default.
+        all : bool
+            Previous roots too, and pages that no root reaches.
+
+        Returns
+        -------
+        PageTables
+            Pages under the current root; none before the vCPU first ran.
+
+        Raises
+        ------
+        ArgumentError
+            No ``vcpu`` is given and the VM has not exactly one, or it is another VM's.
+        VmClosedError
+            The VM was closed.
+        """
+        if vcpu is None:
+            if len(self._vcpus) != 1:
+                raise ArgumentError(f"vcpu is not given and the VM has {len(self._vcpus)} vCPUs")
+            vcpu = self._vcpus[0]
+        if vcpu.vm is not self:
+            raise ArgumentError("vcpu belongs to another VM")
+        return PageTables(vcpu, bool(all))
+
+    # -- shadow pages, dirty log, host pages
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """Pin the number of shadow pages (KVM_SET_NR_MMU_PAGES); pages over it are recycled at once.
+
+        Raises
+        ------
+        ArgumentError
+            Below 64.
+        """
+        if not self._core.set_nr_mmu_pages(pages):
+            raise ArgumentError(f"pages is {pages}; allowed are 64 and more")
+
+    def set_manual_dirty_protect(self, *, initially_set: bool = False) -> None:
+        """Clear dirty logs by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+
+        Parameters
+        ----------
+        initially_set : bool
+            Logs begin with every page dirty, and nothing is protected until a page is cleared.
+        """
+        self._core.set_manual_protect(3 if initially_set else 1)
+
+    def get_dirty_log(self, slot: int | MemSlot) -> npt.NDArray[np.uint64]:
+        """The dirty bitmap of a slot, bit *n* of word *n* // 64 a page (KVM_GET_DIRTY_LOG).
+
+        The log starts over and its pages are protected again, unless it is cleared by hand.
+
+        Raises
+        ------
+        MemslotError
+            EINVAL for a bad slot number, ENOENT without a slot or a log.
+        """
+        number = slot_number(slot)
+        found = self.memslots.get(number)
+        words = (0 if found is None else found.size >> 12) + 63 >> 6
+        out = np.zeros(words, np.uint64)
+        self._dirty_error(self._core.dirty_get(number, out), number)
+        return out
+
+    def clear_dirty_log(
+        self, slot: int | MemSlot, bitmap: npt.ArrayLike, *, first_page: int = 0, npages: int | None = None
+    ) -> None:
+        """Forget the pages whose bits are set, and protect them again (KVM_CLEAR_DIRTY_LOG).
+
+        Parameters
+        ----------
+        slot : int or MemSlot
+        bitmap : array of uint64
+            Bit 0 is ``first_page``.
+        first_page : int
+            A multiple of 64.
+        npages : int, optional
+            A multiple of 64, or up to the slot's end; by default all from ``first_page`` on.
+
+        Raises
+        ------
+        MemslotError
+            EINVAL for a range that is not aligned or not in the slot, ENOENT without a log.
+        """
+        number = slot_number(slot)
+        found = self.memslots.get(number)
+        pages = 0 if found is None else found.size >> 12
+        count = max(pages - first_page, 0) if npages is None else npages
+        bits = np.ascontiguousarray(column_u64("bitmap", bitmap))
+        self._dirty_error(self._core.dirty_clear(number, first_page, count, bits), number)
+
+    @staticmethod
+    def _dirty_error(err: int, number: int) -> None:
+        if err:
+            raise MemslotError(err, f"dirty log of slot {number}: {os.strerror(err)}")
+
+    def host_untouched(self, slot: int | MemSlot, *, first_page: int = 0, npages: int | None = None) -> None:
+        """Declare pages of a slot's memory untouched by the host so far.
+
+        A read then maps the shared zero page, and the first write makes the host copy it, as in Linux.
+        """
+        self._host_pages(slot, first_page, npages, True)
+
+    def host_dontneed(self, slot: int | MemSlot, *, first_page: int = 0, npages: int | None = None) -> None:
+        """Give pages of a slot's memory back to the host (``madvise(MADV_DONTNEED)``): they become zero.
+
+        KVM hears of it through the MMU notifier and drops what maps them.
+        """
+        self._host_pages(slot, first_page, npages, False)
+
+    def _host_pages(self, slot: int | MemSlot, first_page: int, npages: int | None, untouched: bool) -> None:
+        number = slot_number(slot)
+        found = self.memslots.get(number)
+        if found is None:
+            raise ArgumentError(f"slot {number} does not exist")
+        count = (found.size >> 12) - first_page if npages is None else npages
+        self._core.host_pages(number, first_page, count, untouched)
+
+    def host_write(self, gpa: int, data: bytes, *, as_id: int = 0) -> None:
+        """Write guest memory as the user process does: no MMU, no dirty log, no write tracking.
+
+        Raises
+        ------
+        ArgumentError
+            No slot stands there, or its buffer is read-only.
+        """
+        self._core.host_store(gpa, bytes(data), index_in("as_id", as_id, 0, 1))
 
     def check(self) -> None:
         """Check every invariant of the shadow pages, roots, slots and counters on a copy of the state.

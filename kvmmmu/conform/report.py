@@ -16,11 +16,21 @@ class FileReport:
     file : str
         The path as it was given.
     kind : str
-        What the file is: ``"vectors"`` or ``"dump"``.
+        What the file is: ``"vectors"``, ``"dump"``, ``"trace"`` or ``"golden"``.
     agreed, total : int
         Answers compared, and how many of them were the model's too.
     disagreements : list of str
         The first few that were not, one printable text each.
+    config : str or None
+        Golden runs: name of the host's configuration.
+    level : int or None
+        Golden runs: strictness, 1 to 5; then ``agreed`` and ``total`` are operations.
+    part : str
+        Golden runs: what of the level was compared.
+    scripts_agreed, scripts : int
+        Golden runs: scripts with every operation agreed, and all.
+    switches : tuple of str
+        Golden runs: quirks of the emulator that were imitated.
     """
 
     file: str
@@ -28,6 +38,12 @@ class FileReport:
     agreed: int
     total: int
     disagreements: list[str] = field(default_factory=list)
+    config: str | None = None
+    level: int | None = None
+    part: str = ""
+    scripts_agreed: int = 0
+    scripts: int = 0
+    switches: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

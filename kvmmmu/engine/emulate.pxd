@@ -7,6 +7,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
 from kvmmmu.engine.events cimport ev_inj_exception, ev_match_mmio
 from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_clear_gva, mmio_match_gpa, mmio_match_gva
@@ -14,7 +15,7 @@ from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.roles cimport is_paging, tdp_enabled
 from kvmmmu.engine.roots cimport invlpg_root
 from kvmmmu.engine.state cimport (
-    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, Slot, VSTAT_INSN_EMULATION,
+    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
     VSTAT_INSN_EMULATION_FAIL, VSTAT_MMIO_EXITS, VSTAT_PF_GUEST, Vcpu,
 )
 from kvmmmu.engine.write cimport track_write
@@ -48,7 +49,7 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
 cdef inline int piece_gpa(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t known_gpa, uint64_t *gpa) noexcept nogil:
     """Where one piece of an access goes.  ``known_gpa`` (all ones: none) is the address the exit gave."""
     cdef bint write = (access & PFERR_WRITE) != 0
-    if known_gpa != ALL_ONES and (known_gpa ^ gva) & 4095 == 0:
+    if known_gpa != ALL_ONES and not (known_gpa ^ gva) & 4095:
         gpa[0] = known_gpa
     elif (mmio_match_gva(vcpu, gva) and not access & PFERR_FETCH
           and (not is_paging(vcpu)
@@ -76,11 +77,13 @@ cdef inline bint piece_memory(Vcpu *vcpu, uint64_t gpa, uint64_t access, int siz
         return False
     host = slot_host(slot, gpa >> 12) + (gpa & 4095)
     if not access & PFERR_WRITE:
+        host_read(vcpu.vm, slot, gpa >> 12)
         if data != NULL:
             memcpy(data, host, size)
         return True
     if slot_readonly(slot):
         return False
+    host_write(vcpu.vm, slot, gpa >> 12)
     if data != NULL:
         memcpy(host, data, size)
     slot_mark_dirty(slot, gpa >> 12)
@@ -88,31 +91,26 @@ cdef inline bint piece_memory(Vcpu *vcpu, uint64_t gpa, uint64_t access, int siz
     return True
 
 
-cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
-                                uint64_t known_gpa, Access *out) noexcept nogil:
-    """Carry out a load or store for the guest, split where it crosses a page.
+cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
+                                 uint64_t known_gpa, Access *out) noexcept nogil:
+    """Move one operand, split where it crosses a page; the worst PIECE_* met.
 
-    No MMIO leaves before every piece was translated: a fault in the second page hides the first.
+    Pieces that no memory takes are listed in ``out``, for the caller to complete; none is when
+    a later piece faults, so a fault in the second page hides the first.
     """
     cdef int done = 0, now, kind
     cdef uint64_t gpa = 0, here
-    vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
-    out.outcome = OUTCOME_OK
-    if access & PFERR_FETCH:
-        # There is no instruction to decode where no memory is.
-        vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
-        out.outcome = OUTCOME_INTERNAL_ERROR
-        return
+    out.n_mmio = 0
     while done < size:
         here = (gva + <uint64_t>done) & vcpu.guest.va_mask
         now = size - done
         if now > 4096 - <int>(here & 4095):
             now = 4096 - <int>(here & 4095)
-        kind = piece_gpa(vcpu, here, access, known_gpa if done == 0 else ALL_ONES, &gpa)
+        kind = piece_gpa(vcpu, here, access, known_gpa, &gpa)
         if kind == PIECE_FAULT:
             out.n_mmio = 0
-            inject_guest_fault(vcpu, here, out)
-            return
+            out.fault_gva = here
+            return PIECE_FAULT
         if done == 0:
             out.gpa = gpa
         if kind == PIECE_MMIO or not piece_memory(vcpu, gpa, access, now, NULL if data == NULL else data + done):
@@ -123,4 +121,21 @@ cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int s
         done += now
     if out.n_mmio:
         out.outcome = OUTCOME_MMIO
-        vcpu.stats[<int>VSTAT_MMIO_EXITS] += out.n_mmio
+        vcpu.stats[<int>VSTAT_MMIO_EXITS] += 1
+        return PIECE_MMIO
+    return PIECE_MEMORY
+
+
+cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
+                                uint64_t known_gpa, Access *out) noexcept nogil:
+    """Carry out a bare load, store or fetch of the guest, whose instruction is not known."""
+    vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
+    out.outcome = OUTCOME_OK
+    if access & PFERR_FETCH:
+        # There is no instruction to decode where no memory is.
+        vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
+        out.outcome = OUTCOME_INTERNAL_ERROR
+        out.suberror = SUBERROR_EMULATION
+        return
+    if emulate_transfer(vcpu, gva, access, size, data, known_gpa, out) == PIECE_FAULT:
+        inject_guest_fault(vcpu, out.fault_gva, out)

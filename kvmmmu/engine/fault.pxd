@@ -167,7 +167,7 @@ cdef inline int fault_pfn(Vcpu *vcpu, Fault *f) noexcept nogil:
     if f.slot != NULL and not slot_visible(f.slot):
         # Being deleted or moved: nothing may be cached for it until that is over.
         return RET_PF_RETRY
-    f.pfn = gfn_to_pfn(f.slot, f.gfn, f.write, &f.map_writable)
+    f.pfn = gfn_to_pfn(vm, f.slot, f.gfn, f.write, &f.map_writable)
     if f.slot == NULL:
         direct = (vcpu.root_role & ROLE_DIRECT) != 0 and vm.mmu != 0
         vcpu.stats[<int>VSTAT_MMIO_SLOW] += 1
@@ -184,9 +184,11 @@ cdef inline int fault_pfn(Vcpu *vcpu, Fault *f) noexcept nogil:
         return ERR_FAULT
     return RET_PF_CONTINUE
 
-cdef inline bint fault_stale(Vcpu *vcpu) noexcept nogil:
-    """The root went away between the fault and the lock."""
+cdef inline bint fault_stale(Vcpu *vcpu, const Fault *f) noexcept nogil:
+    """The root, or the host's page, went away between the fault and the lock."""
     cdef int32_t root = vcpu.root.page
+    if f.slot != NULL and f.seq != vcpu.vm.notifier_seq:
+        return True
     return root == 0 or not page_at(vcpu.vm, root).special and page_obsolete(vcpu.vm, page_at(vcpu.vm, root))
 
 # ---- the real path ------------------------------------------------------------------
@@ -213,12 +215,12 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         return ret
     if page_at(vm, vcpu.root.page).tdp:
         mmu_read_lock(vcpu)
-        ret = RET_PF_RETRY if fault_stale(vcpu) else tdp_map(vcpu, f)
+        ret = RET_PF_RETRY if fault_stale(vcpu, f) else tdp_map(vcpu, f)
         mmu_read_unlock(vcpu)
         return ret
     mmu_write_lock(vm)
     ret = RET_PF_RETRY
-    if not fault_stale(vcpu):
+    if not fault_stale(vcpu, f):
         ret = direct_map(vcpu, f) if make_pages_available(vm, vcpu.id) else ERR_NOSPC
     mmu_write_unlock(vm)
     return ret
@@ -272,7 +274,7 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
             w.pte_access &= ~<uint32_t>ACC_X
     mmu_write_lock(vm)
     ret = RET_PF_RETRY
-    if not fault_stale(vcpu):
+    if not fault_stale(vcpu, f):
         ret = shadow_map(vcpu, f, w) if make_pages_available(vm, vcpu.id) else ERR_NOSPC
     mmu_write_unlock(vm)
     return ret
@@ -299,6 +301,7 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
         f.user = (error_code & PFERR_USER) != 0
         f.present = (error_code & PFERR_PRESENT) != 0
         f.rsvd = (error_code & PFERR_RSVD) != 0
+        f.seq = vm.notifier_seq
         f.prefetch = 0
         f.map_writable = 0
         f.self_change = 0

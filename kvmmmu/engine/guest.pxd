@@ -15,6 +15,7 @@ from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64
 from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
 )
+from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.pfns cimport slot_readonly
@@ -26,6 +27,7 @@ cdef inline uint8_t *guest_host(Vcpu *vcpu, uint64_t gpa) noexcept nogil:
     cdef Slot *slot = vcpu_slot(vcpu, gpa >> 12)
     if not slot_visible(slot):
         return NULL
+    host_read(vcpu.vm, slot, gpa >> 12)
     return slot_host(slot, gpa >> 12) + (gpa & 4095)
 
 cdef inline uint64_t gpte_load(int fmt, const uint8_t *host) noexcept nogil:
@@ -74,6 +76,7 @@ cdef inline int guest_update_ad(Vcpu *vcpu, const Paging *p, Walk *w, bint write
             if not slot_visible(slot):
                 return 1
             if not slot_readonly(slot):
+                host_write(vcpu.vm, slot, w.entry_gpas[level] >> 12)
                 host = slot_host(slot, w.entry_gpas[level] >> 12) + (w.entry_gpas[level] & 4095)
                 if not gpte_cmpxchg(p.format, host, old, new_):
                     return 1

@@ -10,7 +10,7 @@ from kvmmmu.engine.leaf cimport leaf_install
 from kvmmmu.engine.lookup cimport vcpu_slot
 from kvmmmu.engine.memslots cimport slot_visible
 from kvmmmu.engine.pages cimport page_at, role_access, role_level, role_quadrant, spte_at, spte_gfn, spte_page
-from kvmmmu.engine.pfns cimport gfn_to_pfn, pfn_is_error
+from kvmmmu.engine.pfns cimport gfn_to_pfn_atomic, pfn_is_error
 from kvmmmu.engine.sptes cimport spte_drop, spte_read
 from kvmmmu.engine.state cimport ShadowPage, Slot, Vcpu, Vm
 
@@ -47,7 +47,6 @@ cdef inline bint prefetch_gpte(Vcpu *vcpu, uint64_t index, uint64_t gpte, bint a
     cdef const Paging *p = &vcpu.guest
     cdef uint32_t access
     cdef uint64_t gfn, pfn
-    cdef uint8_t writable
     cdef Slot *slot
     if gpte_unusable(vm, p, index, gpte):
         return False
@@ -59,7 +58,7 @@ cdef inline bint prefetch_gpte(Vcpu *vcpu, uint64_t index, uint64_t gpte, bint a
     if slot.flags & MEM_LOG_DIRTY_PAGES and access & ACC_W and not allow_logged:
         return False
     # Only what the host could write this moment is mapped ahead of need.
-    pfn = gfn_to_pfn(slot, gfn, True, &writable)
+    pfn = gfn_to_pfn_atomic(vm, slot, gfn)
     if pfn_is_error(pfn):
         return False
     leaf_install(vcpu, slot, index, access, gfn, pfn, NULL, True, True)
@@ -119,13 +118,12 @@ cdef inline bint prefetch_run(Vcpu *vcpu, uint64_t start, uint64_t end) noexcept
     cdef uint64_t gfn = spte_gfn(vm, start)
     cdef Slot *slot = vcpu_slot(vcpu, gfn)
     cdef uint64_t pfn
-    cdef uint8_t writable
     if not slot_visible(slot) or slot.flags & MEM_LOG_DIRTY_PAGES and access & ACC_W:
         return False
     if gfn + (end - start) > slot.base_gfn + slot.npages:
         return False
     while start < end:
-        pfn = gfn_to_pfn(slot, gfn, True, &writable)
+        pfn = gfn_to_pfn_atomic(vm, slot, gfn)
         if pfn_is_error(pfn):
             return False
         leaf_install(vcpu, slot, start, access, gfn, pfn, NULL, True, True)

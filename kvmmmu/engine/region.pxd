@@ -9,6 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
+from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
@@ -39,11 +40,6 @@ cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
     mmu_write_unlock(vm)
     if vm.switches.tdp_mmu:
         tdp_zap_invalid_roots(vm)
-
-
-cdef inline void region_apply_flags(Vm *vm, Slot *slot, uint32_t old_flags) noexcept nogil:
-    """Dirty logging of a slot may have been switched: protect or rebuild its mappings."""
-    pass
 
 
 cdef inline void region_follow_quota(Vm *vm) noexcept nogil:
@@ -150,7 +146,15 @@ cdef inline bint work_invalidate(const Vm *vm, Work *w, Slot *old) noexcept nogi
     return w.first != NULL
 
 
-cdef inline bint slot_take_flags(Slot *slot, uint32_t flags, bint *made_dirty) noexcept nogil:
+cdef inline void slot_all_dirty(Slot *slot) noexcept nogil:
+    cdef uint64_t i
+    for i in range(slot.npages >> 6):
+        slot.dirty[i] = ALL_ONES
+    if slot.npages & 63:
+        slot.dirty[slot.npages >> 6] = (ONE << (slot.npages & 63)) - 1
+
+
+cdef inline bint slot_take_flags(Slot *slot, uint32_t flags, bint initially_set, bint *made_dirty) noexcept nogil:
     """Set flags; the dirty bitmap is made with logging, kept while it lasts, dropped after."""
     slot.flags = flags
     made_dirty[0] = False
@@ -159,6 +163,8 @@ cdef inline bint slot_take_flags(Slot *slot, uint32_t flags, bint *made_dirty) n
     elif slot.dirty == NULL:
         slot.dirty = dirty_new(slot.npages)
         made_dirty[0] = True
+        if slot.dirty != NULL and initially_set:
+            slot_all_dirty(slot)
         return slot.dirty != NULL
     return True
 
@@ -186,7 +192,7 @@ cdef inline int region_create(Vm *vm, Region *r, Work *w) noexcept nogil:
     slot.id = r.slot & 0xffff
     slot.as_id = as_id
     slot.token = r.token
-    if not slot_take_flags(slot, r.flags, &made) or not slot_make_arrays(slot):
+    if not slot_take_flags(slot, r.flags, (vm.switches.manual_protect & INITIALLY_SET) != 0, &made) or not slot_make_arrays(slot):
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     w.final = slotset_replace(vm.slots[as_id], NULL, slot)
     if w.final == NULL:
@@ -250,7 +256,7 @@ cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogi
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     slot.base_gfn = r.gpa >> 12
     slot.arrays = NULL
-    ok = slot_take_flags(slot, r.flags, &made_dirty) and slot_make_arrays(slot)
+    ok = slot_take_flags(slot, r.flags, (vm.switches.manual_protect & INITIALLY_SET) != 0, &made_dirty) and slot_make_arrays(slot)
     if ok:
         w.final = slotset_replace(w.first, w.invalid, slot)
     if w.final == NULL:
@@ -262,7 +268,6 @@ cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogi
     vm.slot_by_id[as_id][old.id] = slot
     region_swap(vm, as_id, &w.final)
     region_retire(old, slot)
-    region_apply_flags(vm, slot, w.invalid.flags & ~MEMSLOT_INVALID)
     return ERR_NONE
 
 
@@ -273,7 +278,7 @@ cdef inline int region_flags(Vm *vm, Region *r, Work *w, Slot *old) noexcept nog
     cdef Slot *slot = slot_copy(old)
     if slot == NULL:
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
-    if slot_take_flags(slot, r.flags, &made_dirty):
+    if slot_take_flags(slot, r.flags, (vm.switches.manual_protect & INITIALLY_SET) != 0, &made_dirty):
         w.final = slotset_replace(vm.slots[as_id], old, slot)
     if w.final == NULL:
         slot.arrays = NULL
@@ -283,7 +288,7 @@ cdef inline int region_flags(Vm *vm, Region *r, Work *w, Slot *old) noexcept nog
     vm.slot_by_id[as_id][old.id] = slot
     region_swap(vm, as_id, &w.final)
     region_retire(old, slot)
-    region_apply_flags(vm, slot, old_flags)
+    slot_logging_changed(vm, slot, old_flags)
     return ERR_NONE
 
 

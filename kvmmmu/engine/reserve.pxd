@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from kvmmmu.engine.state cimport ARENA_DESCS, ARENA_PAGES, Arena, HASH_BITS, MemMap, PteDesc, ShadowPage, Vm
+from kvmmmu.engine.state cimport ARENA_DESCS, ARENA_PAGES, HOST_STATES, Arena, HASH_BITS, MemMap, PteDesc, ShadowPage, Vm
 from kvmmmu.engine.memmap cimport memmap_insert, memmap_new
 
 cdef extern from "sys/mman.h" nogil:
@@ -57,9 +57,10 @@ cdef inline bint vm_memory_init(Vm *vm) noexcept nogil:
     if not arena_reserve(&vm.arena):
         return False
     vm.hash = <int32_t *>calloc(<size_t>1 << HASH_BITS, sizeof(int32_t))
+    vm.host_states = <unsigned char *>column_reserve(HOST_STATES)
     m = memmap_new(1)
     vm.hostmem = m
-    if vm.hash == NULL or m == NULL:
+    if vm.hash == NULL or m == NULL or vm.host_states == NULL:
         return False
     memmap_insert(m, 0, ARENA_PAGES, <unsigned char *>vm.arena.sptes, True)
     return True
@@ -67,6 +68,7 @@ cdef inline bint vm_memory_init(Vm *vm) noexcept nogil:
 
 cdef inline void vm_memory_free(Vm *vm) noexcept nogil:
     arena_release(&vm.arena)
+    column_release(vm.host_states, HOST_STATES)
     free(vm.hash)
     free(vm.hostmem)
     free(vm.ranges)

@@ -21,8 +21,8 @@ from kvmmmu.engine.state cimport (
     Vcpu, Vm,
 )
 from kvmmmu.engine.sync cimport sync_children, sync_gva
-from kvmmmu.engine.tdp cimport tdp_root_get, tdp_root_put
-from kvmmmu.engine.zap cimport list_init, make_pages_available, zap_commit, zap_prepare
+from kvmmmu.engine.tdp cimport tdp_root_get, tdp_root_put, tdp_zap_everything
+from kvmmmu.engine.zap cimport list_init, make_pages_available, zap_commit, zap_everything, zap_prepare
 
 cdef enum:
     ENTER_OK = 0
@@ -154,6 +154,14 @@ cdef inline int root_build_shadow(Vcpu *vcpu) noexcept nogil:
     vcpu.root.page = vcpu.pae_root
     return 0
 
+cdef inline void roots_undo(Vcpu *vcpu) noexcept nogil:
+    """A PAE root that could be built only in part."""
+    cdef PageList invalid
+    list_init(&invalid)
+    vcpu.root.page = vcpu.pae_root
+    root_drop(vcpu, &vcpu.root, &invalid)
+    zap_commit(vcpu.vm, &invalid)
+
 cdef inline bint root_gfn_ok(Vcpu *vcpu, uint64_t gfn) noexcept nogil:
     """A root outside memory is a triple fault in Linux 6.1."""
     if slot_visible(vcpu_slot(vcpu, gfn)):
@@ -186,6 +194,8 @@ cdef inline int root_load(Vcpu *vcpu) noexcept nogil:
         error = root_build_direct(vcpu)
     else:
         error = root_build_shadow(vcpu)
+    if error and vcpu.pae_root:
+        roots_undo(vcpu)
     mmu_write_unlock(vcpu.vm)
     if error:
         return error
@@ -305,6 +315,18 @@ cdef inline void root_switch(Vcpu *vcpu, uint64_t pgd) noexcept nogil:
     mmio_cache_clear_all(vcpu)
     if not page_at(vcpu.vm, vcpu.root.page).tdp:
         page_at(vcpu.vm, vcpu.root.page).flooding = 0
+
+# ---- the end of the VM --------------------------------------------------------------
+
+cdef inline void vm_teardown(Vm *vm) noexcept nogil:
+    """All shadow pages go, newest first, then the roots that vCPUs still held."""
+    cdef int i
+    mmu_write_lock(vm)
+    zap_everything(vm)
+    tdp_zap_everything(vm)
+    mmu_write_unlock(vm)
+    for i in range(vm.n_vcpus):
+        roots_free(vm.vcpus[i], ROOTS_ALL)
 
 # ---- VM entry -----------------------------------------------------------------------
 

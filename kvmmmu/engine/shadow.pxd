@@ -131,7 +131,7 @@ cdef inline void adjust_huge_page(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.huge_page_disallowed = f.fetch and vm.switches.nx_huge_pages
     if f.max_level == LEVEL_4K or pfn_is_error(f.pfn) or f.slot.flags & MEM_LOG_DIRTY_PAGES:
         return
-    f.req_level = max_mapping_level(f.slot, f.gfn, f.max_level)
+    f.req_level = max_mapping_level(vm, f.slot, f.gfn, f.max_level)
     if f.req_level == LEVEL_4K or f.huge_page_disallowed:
         return
     f.goal_level = f.req_level

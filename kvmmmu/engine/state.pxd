@@ -9,6 +9,10 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from kvmmmu.bits.paging cimport CpuModel, CpuRegs, Paging
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport SpteMasks
+from kvmmmu.engine.answers cimport (
+    Access, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF,
+    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Translation,
+)
 
 cdef extern from "kvmmmu/lock.h" nogil:
     cdef struct kvmmmu_line:
@@ -38,6 +42,7 @@ cdef enum:
     HASH_BITS = 12
     ARENA_PAGES = 1048576    # 4 GiB of sptes, reserved, not committed; arena pfns are 0 .. ARENA_PAGES-1
     ARENA_DESCS = 16777216   # pte list blocks reserved
+    HOST_STATES = 1073741824  # frames that have a host page state (4 TiB); those beyond count as present
     RANGE_PFN_ALIGN = 262144  # each host range starts at a 1 GiB boundary
 
 cdef enum:
@@ -326,6 +331,7 @@ cdef struct Fault:
     uint8_t rsvd
     uint8_t prefetch
     uint8_t map_writable
+    uint32_t seq          # notifier_seq when the fault began
     uint8_t self_change   # the write goes to a table page of its own walk
     uint8_t huge_page_disallowed
     int max_level
@@ -350,6 +356,10 @@ cdef struct Vcpu:
     uint8_t long_cs       # CS.L: 64-bit code
     uint8_t smm           # address space 1
     uint32_t requests     # REQ_*, set by any thread
+    uint64_t rip          # of the instruction at work, for tracepoints
+    uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
+    uint64_t retry_address
+    uint8_t vectoring     # an exception is being delivered: the access is the processor's own
     int slot_hint         # last slot found, checked before use
     int mem_hint          # last host area of guest memory the processor read
     int table_hint        # the same for the tables KVM built
@@ -386,6 +396,8 @@ cdef struct Switches:
     uint8_t mmio_scheme
     uint8_t tdp_mmu
     uint8_t nx_huge_pages
+    uint8_t eager_split   # split huge mappings when dirty logging starts
+    uint8_t manual_protect  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: bit 0 manual, bit 1 initially set
 
 cdef struct Vm:
     int mmu               # MMU_*
@@ -406,6 +418,10 @@ cdef struct Vm:
     SlotSet *slots[2]     # published with release, by address space
     Slot **slot_by_id[2]  # MAX_SLOT_ID entries each; under slots_lock
     uint64_t *last_base[2]  # by id: base gfn named in its last change (3.1's rule for zapping all)
+    uint8_t *host_states  # by pfn: HOSTPAGE_*; reserved, untouched while every page is present
+    uint8_t host_states_used
+    uint32_t notifier_seq  # moves when the host takes a page away: a fault that raced is dropped
+    void (*notify_replaced)(Vm *vm, uint8_t *hva) noexcept nogil  # upward: the host copied a page
     int slot_hint[2]      # last slot found under mmu_lock for write, by address space
     uint64_t total_pages  # in slots of address space 0 and 1
     # shadow pages
@@ -419,52 +435,49 @@ cdef struct Vm:
     uint8_t valid_gen
     uint8_t rmaps         # slots carry rmaps (shadow MMU in use)
     int32_t tdp_roots     # chain through list_next
-    # what the caller of an update must still do
-    uint8_t want_zap_all  # a slot went away or moved
-    uint8_t want_shrink   # max_pages fell below used_pages
     uint32_t closed       # 1 once closed: no vCPU may be claimed any more
     uint64_t stats[32]
     EventRing events
 
-# ---- one access and what became of it ---------------------------------------------
-# These cross the C table as they are, so ``capi.h`` has the only definition.
+# ---- one access: what becomes of it stands in answers.pxd -----------------------------
 
-cdef extern from "kvmmmu/capi.h" nogil:
-    enum:
-        OUTCOME_OK "KVMMMU_OUTCOME_OK"
-        OUTCOME_MMIO "KVMMMU_OUTCOME_MMIO"
-        OUTCOME_PF "KVMMMU_OUTCOME_PF"
-        OUTCOME_GP "KVMMMU_OUTCOME_GP"
-        OUTCOME_INTERNAL_ERROR "KVMMMU_OUTCOME_INTERNAL_ERROR"
-        OUTCOME_SHUTDOWN "KVMMMU_OUTCOME_SHUTDOWN"
-        OUTCOME_HANG "KVMMMU_OUTCOME_HANG"
-        OUTCOME_ERROR "KVMMMU_OUTCOME_ERROR"
-        PATH_HARDWARE "KVMMMU_PATH_HARDWARE"
-        PATH_FAULT "KVMMMU_PATH_FAULT"
-        PATH_EMULATED "KVMMMU_PATH_EMULATED"
+cdef enum:
+    SUBERROR_EMULATION = 1
+    SUBERROR_DELIVERY_EV = 3   # an exit that cannot be handled while an exception is delivered
 
-    struct Access "kvmmmu_access":
-        uint64_t gpa          # of the first byte; all ones where none is known
-        uint64_t error_code   # of a #PF; an errno for OUTCOME_ERROR
-        uint64_t fault_gva
-        uint64_t mmio_gpa[2]  # pieces that no memory took, one per page
-        uint8_t mmio_size[2]
-        uint8_t mmio_offset[2]  # of the piece in the access
-        uint8_t n_mmio
-        uint8_t outcome       # OUTCOME_*
-        uint8_t path          # PATH_*
-        uint8_t size          # bytes of the access
-        uint32_t exits
-        uint8_t suberror      # of OUTCOME_INTERNAL_ERROR
+# ---- one instruction ----------------------------------------------------------------
 
-    struct Translation "kvmmmu_translation":
-        uint64_t gva
-        uint64_t gpa          # of the byte; under a second dimension the address in host memory
-        uint64_t error_code   # of the fault
-        uint64_t fault_gpa    # guest-physical address that the second dimension refused
-        uint64_t entry        # last entry read of the guest's tables: the leaf, or where the walk ended
-        uint8_t fault         # FAULT_*
-        uint8_t page_shift    # log2 of the guest's page size
-        uint8_t access        # ACC rights of the guest's translation
-        uint8_t level         # of that last entry; 0: none was read
-        uint32_t unused
+cdef enum:
+    INSN_LOAD = 0
+    INSN_STORE = 1
+    INSN_FETCH = 2      # a jump: the fetch of its target
+    INSN_ADD = 3        # read, modify, write
+    INSN_CMPXCHG = 4    # locked
+    INSN_MOVS = 5       # memory to memory
+
+cdef struct MmioExit:
+    uint64_t gpa
+    uint64_t data
+    uint8_t size
+    uint8_t write
+
+cdef struct Insn:
+    uint64_t gva          # the operand, or where MOVS writes
+    uint64_t src          # where MOVS reads
+    uint64_t value        # stored or added
+    uint64_t expected     # CMPXCHG: what must be there
+    uint64_t code_gva     # where the instruction stands
+    uint8_t code_size     # its bytes
+    uint8_t op            # INSN_*
+    uint8_t size          # of the operand: 1, 2, 4 or 8
+    uint8_t split_rmw     # the processor reports a faulting ADD or CMPXCHG as a read first
+    uint8_t known         # the emulator has the operand's gpa from the exit
+    uint64_t known_gpa
+    # out
+    uint64_t result       # loaded, or what CMPXCHG saw
+    uint8_t wants_data    # an MMIO read of exits[n_exits-1 ...] waits for read_data
+    uint8_t read_done     # read_data is there
+    uint8_t read_data[8]
+    uint64_t read_gpa     # of the first piece
+    uint8_t n_exits
+    MmioExit exits[8]

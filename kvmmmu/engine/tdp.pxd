@@ -11,7 +11,8 @@ from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
 from kvmmmu.engine.atomics cimport cmpxchg_u64, xchg_u64
 from kvmmmu.engine.events cimport (
-    ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,
+    ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_split_huge_page, ev_spte_requested,
+    ev_tdp_spte_changed,
 )
 from kvmmmu.engine.leaf cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
@@ -22,10 +23,11 @@ from kvmmmu.engine.pages cimport (
     level_index, page_alloc, page_at, page_free, page_sptes, role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
+from kvmmmu.engine.pfns cimport max_mapping_level
 from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level, disallow_huge_page
 from kvmmmu.engine.sptes cimport page_stats, spte_read, spte_write
 from kvmmmu.engine.state cimport (
-    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
+    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, Slot, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 
@@ -267,3 +269,115 @@ cdef inline void tdp_zap_everything(Vm *vm) noexcept nogil:
     while id:
         tdp_zap_root(vm, id, False)
         id = page_at(vm, id).list_next
+
+# ---- ranges of gfns -----------------------------------------------------------------
+
+cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t end, int32_t *doomed) noexcept nogil:
+    """Empty the leaves of [first, end) below one table; tables stay.  Under mmu_lock for write."""
+    cdef uint64_t base = <uint64_t>table << 9
+    cdef int level = role_level(page_at(vm, table).role)
+    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
+    cdef bint any = False
+    cdef int i
+    for i in range(ENTRIES):
+        if gfn + pages > first and gfn < end:
+            old = spte_read(spte_at(vm, base + <uint64_t>i))
+            if spte_present(old):
+                if spte_is_last(old, level):
+                    old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
+                    tdp_changed(vm, base + <uint64_t>i, old, 0, False, doomed)
+                    any = True
+                else:
+                    any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)
+        gfn += pages
+    return any
+
+cdef inline bint tdp_zap_gfns(Vm *vm, int as_id, uint64_t first, uint64_t end) noexcept nogil:
+    """Drop the leaves of a range in every tree, invalid ones too.  True: a flush is needed."""
+    cdef int32_t id = vm.tdp_roots
+    cdef int32_t doomed = 0
+    cdef bint any = False
+    while id:
+        if role_as_id(page_at(vm, id).role) == as_id:
+            any |= tdp_zap_range(vm, id, first, end, &doomed)
+        id = page_at(vm, id).list_next
+    return any
+
+# ---- dirty logging ------------------------------------------------------------------
+
+cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_t end, uint64_t mask, int min_level) noexcept nogil:
+    """Clear W, and nothing else, of leaves of [first, end); ``mask`` picks pages of a 64-page window at ``first``."""
+    cdef uint64_t base = <uint64_t>table << 9
+    cdef int level = role_level(page_at(vm, table).role)
+    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
+    cdef int32_t doomed = 0
+    cdef bint any = False
+    cdef int i
+    for i in range(ENTRIES):
+        if gfn + pages > first and gfn < end:
+            old = spte_read(spte_at(vm, base + <uint64_t>i))
+            if spte_present(old):
+                if not spte_is_last(old, level):
+                    any |= tdp_wrprot_range(vm, <int32_t>spte_pfn(old), first, end, mask, min_level)
+                elif spte_writable(old) and level >= min_level:
+                    if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
+                        any |= tdp_set(vm, base + <uint64_t>i, old, old & ~PT_WRITABLE_MASK, &doomed)
+        gfn += pages
+    return any
+
+cdef inline uint64_t split_leaf(uint64_t huge, int level, int i) noexcept nogil:
+    """One of the 512 smaller leaves that translate as a huge one did."""
+    cdef uint64_t spte = huge + (<uint64_t>i << (12 + 9 * (level - 2)))
+    return spte & ~PT_PAGE_SIZE_MASK if level == LEVEL_2M else spte
+
+cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t end) noexcept nogil:
+    """Replace huge leaves of [first, end) by tables that translate the same, down to 4 KiB; no flush is owed."""
+    cdef uint64_t base = <uint64_t>table << 9
+    cdef int level = role_level(page_at(vm, table).role)
+    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
+    cdef int32_t child, doomed = 0
+    cdef int i, j
+    if level == LEVEL_4K:
+        return
+    for i in range(ENTRIES):
+        if gfn + pages > first and gfn < end:
+            old = spte_read(spte_at(vm, base + <uint64_t>i))
+            child = 0
+            if spte_present(old) and spte_is_last(old, level):
+                child = tdp_page_new(vm, -1, gfn, role_with_level(page_at(vm, table).role, level - 1))
+                if child == 0:
+                    return
+                for j in range(ENTRIES):
+                    page_sptes(vm, child)[j] = split_leaf(old, level, j)
+                if not tdp_set(vm, base + <uint64_t>i, old,
+                               spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled), &doomed):
+                    page_free(vm, child)
+                    return
+                page_stats(vm, level - 1, ENTRIES)
+                ev_split_huge_page(vm, -1, gfn, old, level, 0)
+            elif spte_present(old):
+                child = <int32_t>spte_pfn(old)
+            if child:
+                tdp_split_range(vm, child, first, end)
+        gfn += pages
+
+cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
+    """Zap tables whose whole block lies in the slot and could be one large page; the next fault makes it."""
+    cdef uint64_t base = <uint64_t>table << 9
+    cdef int level = role_level(page_at(vm, table).role)
+    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
+    cdef int32_t doomed = 0
+    cdef int i
+    if level == LEVEL_4K:
+        return
+    for i in range(ENTRIES):
+        if gfn + pages > first and gfn < end:
+            old = spte_read(spte_at(vm, base + <uint64_t>i))
+            if spte_present(old) and not spte_is_last(old, level):
+                if (level <= LEVEL_1G and gfn >= first and gfn < end
+                        and max_mapping_level(vm, slot, gfn, LEVEL_1G) >= level):
+                    tdp_zap_entry(vm, base + <uint64_t>i, old, &doomed)
+                else:
+                    tdp_collapse_range(vm, <int32_t>spte_pfn(old), slot, first, end)
+        gfn += pages
+    tdp_free(vm, doomed)

@@ -8,19 +8,20 @@ from kvmmmu.bits.paging cimport (
     FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_NONE,
 )
 from kvmmmu.engine.emulate cimport emulate_access, inject_guest_fault
-from kvmmmu.engine.events cimport ev_page_fault
+from kvmmmu.engine.events cimport ISA_SVM, ISA_VMX, ev_exit, ev_page_fault
 from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
+from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
-from kvmmmu.engine.lookup cimport slot_mark_dirty
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport spte_gfn
-from kvmmmu.engine.roles cimport tdp_enabled
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.state cimport (
-    Access, MMU_EPT, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_PF,
-    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, Vcpu, Vm,
+    Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
+    OUTCOME_SHUTDOWN, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, Vcpu, Vm,
 )
 from kvmmmu.engine.walk cimport walk_memory, walk_nested
+from kvmmmu.engine.zap cimport unprotect_gfn
 
 cdef enum:
     MAX_EXITS = 64   # of one access; real progress needs far fewer
@@ -68,19 +69,106 @@ cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint6
     return fault
 
 
+cdef enum:
+    EXIT_DELIVERY_EV = 101  # beside RET_PF_*: an exit that KVM cannot handle during exception delivery
+    VMX_EXCEPTION_NMI = 0
+    VMX_EPT_VIOLATION = 48
+    VMX_EPT_MISCONFIG = 49
+    SVM_EXCEPTION_PF = 0x4e
+    SVM_NPF = 0x400
+
+cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t code) noexcept nogil:
+    """The exit as the processor reports it, and KVM's own line for a page fault."""
+    cdef Vm *vm = vcpu.vm
+    cdef bint vmx = not vm.host.amd
+    if not vm.events.mask:
+        return
+    if fault == FAULT_PF:
+        ev_exit(vm, vcpu.id, ISA_VMX if vmx else ISA_SVM, VMX_EXCEPTION_NMI if vmx else SVM_EXCEPTION_PF, vcpu.rip,
+                address if vmx else code, code if vmx else address)
+    elif fault == FAULT_NPF:
+        ev_exit(vm, vcpu.id, ISA_SVM, SVM_NPF, vcpu.rip, code, address)
+    elif fault == FAULT_EPT_VIOLATION:
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, 0)
+    else:
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, 0)
+        return
+    ev_page_fault(vm, vcpu.id, vcpu.rip, address, code)
+
+
 cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known_gpa) noexcept nogil:
-    """KVM's handler for what the processor reported; the result of ``page_fault``."""
+    """KVM's handler for what the processor reported; the result of ``page_fault``, or EXIT_DELIVERY_EV."""
     cdef uint64_t address = gva, code = vcpu.nested.error_code
-    known_gpa[0] = ALL_ONES
     if fault != FAULT_PF:
         address = vcpu.nested.va
-        known_gpa[0] = address
-        if fault == FAULT_EPT_VIOLATION:
-            code = ept_error_code(code)
-        elif fault == FAULT_EPT_MISCONFIG:
-            code = PFERR_RSVD
-    ev_page_fault(vcpu.vm, vcpu.id, 0, address, vcpu.nested.error_code)
+    trace_exit(vcpu, fault, address, code)
+    if fault == FAULT_EPT_VIOLATION:
+        code = ept_error_code(code)
+    elif fault == FAULT_EPT_MISCONFIG:
+        if vcpu.vectoring:
+            return EXIT_DELIVERY_EV
+        code = PFERR_RSVD
+    elif fault == FAULT_PF and vcpu.vectoring:
+        # The table behind the faulting address may be write-protected for shadowing; the event
+        # could then never be delivered.
+        unprotect_gva(vcpu, address)
+    # Direct tables translate what faulted: the emulator may use it as it is.
+    known_gpa[0] = address if vcpu.root_role & ROLE_DIRECT else ALL_ONES
     return page_fault(vcpu, address, code)
+
+
+cdef inline void unprotect_gva(Vcpu *vcpu, uint64_t gva) noexcept nogil:
+    if vcpu.root_role & ROLE_DIRECT:
+        return
+    if guest_walk(vcpu, &vcpu.walk, gva, PFERR_USER if vcpu.cpl == 3 else 0):
+        mmu_write_lock(vcpu.vm)
+        unprotect_gfn(vcpu.vm, vcpu.id, vcpu.walk.gpa >> 12)
+        mmu_write_unlock(vcpu.vm)
+
+
+cdef inline bint exit_ends(Vcpu *vcpu, int result, uint64_t gva, Access *out) noexcept nogil:
+    """What the handler's result means for the access; False: the guest goes on (or KVM emulates)."""
+    if result == FAULT_INJECT:
+        inject_guest_fault(vcpu, gva, out)
+        return True
+    if result == EXIT_DELIVERY_EV:
+        out.outcome = OUTCOME_INTERNAL_ERROR
+        out.suberror = SUBERROR_DELIVERY_EV
+        return True
+    if result < 0:
+        out.outcome = OUTCOME_ERROR
+        out.error_code = <uint64_t>(-result)
+        return True
+    if out.exits == MAX_EXITS and result != RET_PF_EMULATE:
+        out.outcome = OUTCOME_HANG
+        return True
+    return False
+
+
+cdef inline bint enter_ends(Vcpu *vcpu, Access *out) noexcept nogil:
+    """Make ready to run guest code.  True: it cannot run."""
+    cdef int result = vcpu_enter(vcpu)
+    if result == ENTER_OK:
+        return False
+    if result == ENTER_SHUTDOWN:
+        out.outcome = OUTCOME_SHUTDOWN
+    else:
+        out.outcome = OUTCOME_ERROR
+        out.error_code = <uint64_t>(-result)
+    return True
+
+
+cdef inline bint guest_own_fault(Vcpu *vcpu, int fault, uint64_t gva, Access *out) noexcept nogil:
+    """A fault that reaches the guest without an exit."""
+    if fault == FAULT_GP:
+        out.outcome = OUTCOME_GP
+    elif fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
+        out.outcome = OUTCOME_PF
+        out.error_code = vcpu.walk.error_code
+    else:
+        return False
+    out.fault_gva = gva
+    return True
 
 
 cdef inline void access_move(Vcpu *vcpu, uint64_t hpa, uint64_t access, int size, uint8_t *data) noexcept nogil:
@@ -99,7 +187,7 @@ cdef inline void access_move(Vcpu *vcpu, uint64_t hpa, uint64_t access, int size
 
 
 cdef inline void access_begin(Access *out, int size) noexcept nogil:
-    """Every byte is set, so that columns of results can be compared as they are."""
+    """All zero is: done, by the processor alone.  Every byte is set, so that columns can be compared as they are."""
     memset(out, 0, sizeof(Access))
     out.size = <uint8_t>size
     out.gpa = ALL_ONES
@@ -123,10 +211,7 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
     if first > size:
         first = size
     while True:
-        result = vcpu_enter(vcpu)
-        if result != ENTER_OK:
-            out.outcome = OUTCOME_SHUTDOWN if result == ENTER_SHUTDOWN else OUTCOME_ERROR
-            out.error_code = 0 if result == ENTER_SHUTDOWN else <uint64_t>(-result)
+        if enter_ends(vcpu, out):
             return
         here = gva
         fault = hardware_access(vcpu, here, access, &gpa, &hpa)
@@ -139,28 +224,16 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
                 access_move(vcpu, hpa2, access, size - first, NULL if data == NULL else data + first)
             out.gpa = gpa
             return
-        if fault == FAULT_GP or fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
-            # The guest's own business: no exit.
-            out.outcome = OUTCOME_GP if fault == FAULT_GP else OUTCOME_PF
-            out.error_code = 0 if fault == FAULT_GP else vcpu.walk.error_code
-            out.fault_gva = here
+        if guest_own_fault(vcpu, fault, here, out):
             return
         out.exits += 1
         out.path = PATH_FAULT
         result = handle_exit(vcpu, fault, here, &known_gpa)
-        if result == FAULT_INJECT:
-            inject_guest_fault(vcpu, here, out)
+        if exit_ends(vcpu, result, here, out):
             return
         if result == RET_PF_EMULATE:
             out.path = PATH_EMULATED
-            emulate_access(vcpu, gva, access, size, data, known_gpa if here == gva else ALL_ONES, out)
-            return
-        if result < 0:
-            out.outcome = OUTCOME_ERROR
-            out.error_code = <uint64_t>(-result)
-            return
-        if out.exits == MAX_EXITS:
-            out.outcome = OUTCOME_HANG
+            emulate_access(vcpu, gva, access, size, data, known_gpa, out)
             return
 
 

@@ -1,7 +1,11 @@
 """The slot machine under the face: errno rules row by row, generations, frames, columns."""
 
 import mmap
+import os
 import resource
+import subprocess
+import sys
+import weakref
 from errno import EEXIST, EINVAL, ENOMEM
 from pathlib import Path
 
@@ -21,6 +25,16 @@ MAP_NORESERVE = 0x4000  # Linux; Python has no name for it before 3.13
 NONE, CREATE, DELETE, MOVE, FLAGS = range(5)
 GIB_PAGES = 1 << 18
 ARENA_PAGES = 1 << 20
+
+
+_generation_seen = weakref.WeakKeyDictionary()
+
+
+def zapped_all(core):
+    """Whether all shadow pages were made obsolete (an odd number of times) since the last call."""
+    before = _generation_seen.get(core, 0)
+    _generation_seen[core] = core.mmu_valid_gen
+    return core.mmu_valid_gen != before
 
 
 def make(mmu="ept", *, maxphyaddr=46, scheme="generation"):
@@ -53,7 +67,7 @@ def core():
     assert call(core, 0, memory=pages(16))[:2] == (0, None)
     assert call(core, 1, memory=pages(16), gpa=16 << 20, flags=RO)[:2] == (0, None)
     assert call(core, 1 << 16 | 2, memory=pages(16))[:2] == (0, None)
-    core.take_zap_request()
+    zapped_all(core)
     return core
 
 
@@ -101,7 +115,7 @@ def test_a_refused_change_gives_kvms_errno_and_changes_nothing(core, why, argume
     before = state(core)
     assert call(core, slot, memory=memory, **arguments)[:2] == (errno, reason)
     assert state(core) == before
-    assert not core.take_zap_request()
+    assert not zapped_all(core)
 
 
 def test_a_slot_of_2_to_the_31_pages_is_too_large():
@@ -152,13 +166,13 @@ def test_the_generation_starts_at_the_address_space_and_grows_by_two_per_swap():
 )
 def test_only_a_slot_that_leaves_a_place_asks_for_all_shadow_pages_to_go(core, arguments, zaps):
     assert call(core, 0, **arguments)[0] == 0
-    assert core.take_zap_request() is zaps
-    assert not core.take_zap_request()
+    assert zapped_all(core) is zaps
+    assert not zapped_all(core)
 
 
 def test_creating_a_slot_zaps_nothing_while_generations_guard_mmio_sptes(core):
     assert call(core, 5, memory=pages(1), gpa=1 << 30)[0] == 0
-    assert not core.take_zap_request()
+    assert not zapped_all(core)
 
 
 def test_a_move_beyond_the_last_gfn_costs_two_swaps_and_all_shadow_pages(core):
@@ -166,7 +180,7 @@ def test_a_move_beyond_the_last_gfn_costs_two_swaps_and_all_shadow_pages(core):
     assert call(core, 0, gpa=(1 << 46) - PAGE)[:2] == (EINVAL, "max_gfn")
     assert core.slots(0) == slots
     assert core.generation(0) == generation + 4
-    assert core.take_zap_request()
+    assert zapped_all(core)
     assert core.find_gfn(3, 0)[0] == 0
 
 
@@ -184,7 +198,7 @@ def test_a_wrap_of_the_stored_generation_asks_for_a_zap():
     zaps = 0
     for n in range((1 << 18) + 8):
         assert call(core, 0, flags=LOG * (n & 1 ^ 1))[3] == FLAGS
-        if core.take_zap_request():
+        if zapped_all(core):
             zaps += 1
             assert core.generation(0) == 1 << 19
     assert zaps == 1
@@ -196,7 +210,7 @@ def test_no_wrap_is_looked_for_where_nothing_is_cached():
     assert call(core, 0, memory=pages(1))[0] == 0
     for n in range((1 << 18) + 8):
         call(core, 0, flags=LOG * (n & 1 ^ 1))
-    assert not core.take_zap_request()
+    assert not zapped_all(core)
 
 
 def test_linux_3_1_zaps_when_an_id_comes_to_stand_elsewhere_than_its_last_change_said():
@@ -205,7 +219,7 @@ def test_linux_3_1_zaps_when_an_id_comes_to_stand_elsewhere_than_its_last_change
 
     def zaps(**arguments):
         assert call(core, 3, **arguments)[0] == 0
-        return core.take_zap_request()
+        return zapped_all(core)
 
     assert not zaps(memory=memory, gpa=0)  # an id never used counts as base 0
     assert zaps(size=0)
@@ -219,7 +233,7 @@ def test_linux_3_1_zaps_when_an_id_comes_to_stand_elsewhere_than_its_last_change
 def test_the_mail_of_2011_zaps_nothing_when_a_slot_is_created():
     core = make(scheme="unguarded")
     assert call(core, 3, memory=pages(1), gpa=1 << 20)[0] == 0
-    assert not core.take_zap_request()
+    assert not zapped_all(core)
 
 
 def test_the_quota_of_shadow_pages_is_a_fiftieth_of_the_slots_but_64_at_least():
@@ -509,9 +523,22 @@ def test_the_tables_of_names_are_as_long_as_the_engines_enums():
     ],
     ids=["create", "move", "flags"],
 )
-def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments):
+def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments, request):
+    if "KVMMMU_FRESH_PROCESS" not in os.environ:
+        # Here malloc may still hold what earlier tests gave back, and would need nothing from the host.
+        home = str(Path(_core.__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid],
+            cwd=request.config.rootpath,
+            env={**os.environ, "KVMMMU_FRESH_PROCESS": "1", "PYTHONPATH": home},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        assert "1 passed" in done.stdout
+        return
     core = make()
-    size = 64 << 30
+    size = 512 << 30
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     first, second = (mmap.mmap(-1, size, flags=flags) for _ in range(2))
     assert call(core, 0, memory=first)[0] == 0
@@ -527,6 +554,6 @@ def test_a_change_the_host_has_no_memory_for_changes_nothing(arguments):
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert answer[:2] == (ENOMEM, "no_memory")
     assert state(core) == before
-    assert not core.take_zap_request()
+    assert not zapped_all(core)
     assert call(core, slot, **arguments)[0] == 0
     core.close()

@@ -1,0 +1,121 @@
+"""What a host of a golden run is to the model, and which quirks of its emulator the runner imitates.
+
+Everything comes from the run's own ``setup.txt``.  An artefact belongs to the emulator that KVM ran on,
+not to KVM and not to any processor: it is a switch of the runner, listed in its reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from kvmmmu.behaviour import Behaviour, MmioScheme
+from kvmmmu.cpu import GuestCpu, HostCpu
+from kvmmmu.errors import FormatError
+from kvmmmu.golden import Setup
+
+__all__ = ["ARTEFACTS", "Configuration", "configure"]
+
+#: What each switch imitates.
+ARTEFACTS: Final = MappingProxyType(
+    {
+        "empty_tlb": "the TLB is empty at every VM entry",
+        "rsvd_without_present": "a reserved-bit fault of the processor has no P bit in its error code",
+        "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
+        "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
+        "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load them later",
+        "pdpte_unchecked": "MOV CR3 does not check PDPTEs; each walk reads them from memory",
+    }
+)
+
+# Guests of the runs see 40 physical address bits whatever the host has.
+_GUEST_BITS: Final = 40
+# Intel processors before 2019 cache 44 address bits and have the L1TF flaw (Intel security advisory SA-00161).
+_L1_CACHE_BITS: Final = 44
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One host.
+
+    Attributes
+    ----------
+    mmu : {"shadow", "ept", "npt"}
+    host : HostCpu
+    guest : GuestCpu
+    behaviour : Behaviour
+    pcid : bool
+        The guest may set CR4.PCIDE.
+    artefacts : frozenset of str
+        Names from ``ARTEFACTS``.
+    """
+
+    mmu: Literal["shadow", "ept", "npt"]
+    host: HostCpu
+    guest: GuestCpu
+    behaviour: Behaviour
+    pcid: bool
+    artefacts: frozenset[str]
+
+    @property
+    def amd(self) -> bool:
+        """An AMD host."""
+        return self.host.vendor == "amd"
+
+
+def configure(setup: Setup, where: str) -> Configuration:
+    """The configuration of a host.
+
+    Raises
+    ------
+    FormatError
+        Its kernel is one that no behaviour profile stands for.
+    """
+    if setup.kernel != (6, 1):
+        raise FormatError(f"{where}: kernel {setup.kernel[0]}.{setup.kernel[1]}: golden runs of 6.1 can be checked")
+    amd = setup.vendor == "amd"
+    tdp = setup.on("kvm_amd.npt" if amd else "kvm_intel.ept", True)
+    scheme: MmioScheme = "generation"
+    # KVM itself turns the parameter off where no reserved address bit is left; that rule is the model's own.
+    if not setup.on("kvm.mmio_caching", True) and setup.maxphyaddr < 52:
+        scheme = "off"
+    features = {name: name in setup.flags for name in ("nx", "smep", "smap", "la57")}
+    return Configuration(
+        mmu=("npt" if amd else "ept") if tdp else "shadow",
+        host=HostCpu(
+            maxphyaddr=setup.maxphyaddr,
+            gbpages="pdpe1gb" in setup.flags,
+            l1tf=not amd,
+            cache_bits=None if amd else _L1_CACHE_BITS,
+            ept_ad=setup.on("kvm_intel.eptad", True),
+            vendor=setup.vendor,
+            la57=features["la57"],
+        ),
+        guest=GuestCpu(
+            maxphyaddr=_GUEST_BITS,
+            gbpages="pdpe1gb" in setup.flags,
+            pku="pku" in setup.flags,
+            vendor=setup.vendor,
+            **features,
+        ),
+        behaviour=Behaviour(
+            "6.1",
+            mmio_scheme=scheme,
+            tdp_mmu=tdp and setup.on("kvm.tdp_mmu", True),
+            nx_huge_pages=setup.on("kvm.nx_huge_pages", False),
+        ),
+        pcid="pcid" in setup.flags,
+        artefacts=_artefacts(amd, tdp),
+    )
+
+
+def _artefacts(amd: bool, tdp: bool) -> frozenset[str]:
+    names = {"empty_tlb"}
+    if amd:
+        names |= {"rsvd_without_present", "rmw_reads_first"}
+        if tdp:
+            names |= {"pdpte_accessed", "pdpte_unchecked"}
+    elif tdp:
+        names.add("rmw_as_write")
+    return frozenset(names)

@@ -1,0 +1,138 @@
+"""The host's side of a golden run: blocks of memory, memslots, and the ioctls an operation may be."""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu.errors import ArgumentError, MemslotError
+from kvmmmu.golden import Script
+from kvmmmu.vm import VM
+
+__all__ = ["Host"]
+
+_PAGE = 4096
+
+
+class Host:
+    """The memory blocks of a script and the slots that show them to the guest.
+
+    Parameters
+    ----------
+    vm : VM
+    script : Script
+    """
+
+    def __init__(self, vm: VM, script: Script) -> None:
+        self.vm = vm
+        self.script = script
+        self.backs: dict[int, npt.NDArray[np.uint8]] = {
+            back.id: np.zeros(back.size, np.uint8) for back in script.backs.values()
+        }
+        self._names = sorted((data.ctypes.data, data.size, number) for number, data in self.backs.items())
+        for slot in script.slots:
+            rc = self.set_slot(slot.id, slot.gpa, slot.size, slot.back, slot.boff, slot.flags)
+            if rc:
+                raise ArgumentError(f"{script.name}: slot {slot.id} is refused with errno {rc}")
+
+    # -- memory
+
+    def slot_bytes(self, gpa: int) -> tuple[npt.NDArray[np.uint8], int] | None:
+        """The buffer behind a gpa and the offset in it; None where no slot is."""
+        slot = self.vm.memslots.at(gpa)
+        return None if slot is None else (slot.memory, gpa - slot.gpa)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the host sees it, up to the end of a slot."""
+        found = self.slot_bytes(gpa)
+        return b"" if found is None else found[0][found[1] : found[1] + size].tobytes()
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store behind KVM's back; bytes outside slots are lost."""
+        for at, byte in enumerate(data):
+            found = self.slot_bytes(gpa + at)
+            if found is not None:
+                found[0][found[1]] = byte
+
+    def name(self, hva: int) -> str:
+        """A host address as recordings name it."""
+        for start, size, number in self._names:
+            if start <= hva < start + size:
+                return f"B{number}+{hva - start:#x}"
+        return f"{hva:#x}"
+
+    def frame_name(self, pfn: int) -> str:
+        """The memory behind a host frame as recordings name it."""
+        for hva, pages, first, *_ in self.vm._core.host_ranges():
+            if first <= pfn < first + pages:
+                return self.name(hva + (pfn - first) * _PAGE)
+        return "zero"
+
+    def call(self, name: str) -> Any:
+        """A method of the VM; one it does not have makes the operation unsupported."""
+        method = getattr(self.vm, name, None)
+        if method is None:
+            raise NotImplementedError(f"VM.{name}")
+        return method
+
+    # -- ioctls; each returns 0 or a negative errno
+
+    def set_slot(self, number: int, gpa: int, size: int, back: int, offset: int, flags: int) -> int:
+        """KVM_SET_USER_MEMORY_REGION."""
+        memory = self.backs[back][offset : offset + size] if size else None
+        how = {"4k": "4K", "thp": "2M", "lazy": "4K"}[self.script.backs[back].how]
+        try:
+            self.vm.memslots.set_region(
+                number,
+                flags=flags,
+                gpa=gpa,
+                size=size,
+                memory=memory,
+                page_size=how if size else None,
+                pfn_offset=(offset // _PAGE) & 511 if size else 0,
+            )
+        except MemslotError as error:
+            return -(error.errno or EINVAL)
+        return 0
+
+    def delete_slot(self, number: int) -> int:
+        """KVM_SET_USER_MEMORY_REGION with size 0."""
+        try:
+            self.vm.memslots.set_region(number, size=0)
+        except MemslotError as error:
+            return -(error.errno or EINVAL)
+        return 0
+
+    def dirty(self, number: int, clear: bool) -> dict[str, str]:
+        """KVM_GET_DIRTY_LOG, and KVM_CLEAR_DIRTY_LOG of the whole slot."""
+        slot = self.vm.memslots.get(number)
+        try:
+            bitmap = self.call("get_dirty_log")(number)
+        except MemslotError as error:
+            return {"rc": str(-(error.errno or EINVAL))}
+        base = 0 if slot is None else slot.gpa // _PAGE
+        pages = ",".join(f"{base + int(page):x}" for page in np.nonzero(np.unpackbits(bitmap, bitorder="little"))[0])
+        answer = {"rc": "0", "pages": pages}
+        if clear:
+            try:
+                self.call("clear_dirty_log")(number, first_page=0, n_pages=slot.size // _PAGE if slot else 0, bitmap=bitmap)
+                answer["clear"] = "0"
+            except MemslotError as error:
+                answer["clear"] = str(-(error.errno or EINVAL))
+        return answer
+
+    def dontneed(self, back: int, offset: int, length: int) -> int:
+        """madvise(MADV_DONTNEED): the pages are gone, the next touch finds zeros."""
+        self.call("dontneed")(self.backs[back][offset : offset + length])
+        return 0
+
+    def limit_pages(self, n: int) -> int:
+        """KVM_SET_NR_MMU_PAGES."""
+        try:
+            self.call("set_nr_mmu_pages")(n)
+        except (MemslotError, ArgumentError) as error:
+            return -(getattr(error, "errno", None) or EINVAL)
+        return 0

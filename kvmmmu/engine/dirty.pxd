@@ -1,0 +1,217 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Dirty logging: what switching it on and off does, and collecting the log."""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from kvmmmu.bits.constants cimport *
+from kvmmmu.engine.atomics cimport fetch_and_u64, ld_u64, xchg_u64
+from kvmmmu.engine.drain cimport slots_lock, slots_unlock
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.memslots cimport dirty_words, gfn_to_rmap, level_pages
+from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_page
+from kvmmmu.engine.pfns cimport max_mapping_level
+from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next
+from kvmmmu.engine.sptes cimport spte_drop, spte_write_protect
+from kvmmmu.engine.state cimport (
+    ERR_INVAL, ERR_NOENT, ERR_NONE, MAX_SLOT_ID, ShadowPage, Slot, Vm,
+)
+from kvmmmu.engine.tdp cimport tdp_collapse_range, tdp_split_range, tdp_wrprot_range
+from kvmmmu.engine.tlb cimport flush_remote_tlbs
+from kvmmmu.engine.track cimport write_protect_gfn
+
+cdef enum:
+    MANUAL_PROTECT = 1
+    INITIALLY_SET = 2
+
+
+cdef inline bint rmap_wrprot(Vm *vm, Slot *slot, uint64_t gfn, int level) noexcept nogil:
+    """W falls, MMU-writable stays: the next write fault gives it back without mmu_lock."""
+    cdef PteIter it
+    cdef uint64_t index = pte_list_first(vm, gfn_to_rmap(slot, gfn, level)[0], &it)
+    cdef bint any = False
+    while index:
+        any |= spte_write_protect(vm, index, False)
+        index = pte_list_next(vm, &it)
+    return any
+
+
+cdef inline void tdp_each_root(Vm *vm, Slot *slot, int what, uint64_t first, uint64_t end, uint64_t mask) noexcept nogil:
+    """Run a pass over the slot's part of every valid tree: 0 protect, 1 split, 2 collapse."""
+    cdef int32_t id = vm.tdp_roots
+    while id:
+        if role_as_id(page_at(vm, id).role) == <int>slot.as_id and not page_at(vm, id).role & ROLE_INVALID:
+            if what == 0:
+                tdp_wrprot_range(vm, id, first, end, mask, LEVEL_4K)
+            elif what == 1:
+                tdp_split_range(vm, id, first, end)
+            else:
+                tdp_collapse_range(vm, id, slot, first, end)
+        id = page_at(vm, id).list_next
+
+
+cdef inline void slot_protect(Vm *vm, Slot *slot) noexcept nogil:
+    """Every page of the slot must fault at its next write."""
+    cdef uint64_t gfn, pages
+    cdef int level
+    if vm.rmaps:
+        for level in range(LEVEL_4K, LEVEL_1G + 1):
+            pages = level_pages(level)
+            gfn = slot.base_gfn
+            while gfn < slot.base_gfn + slot.npages:
+                rmap_wrprot(vm, slot, gfn, level)
+                gfn = (gfn | (pages - 1)) + 1
+    tdp_each_root(vm, slot, 0, slot.base_gfn, slot.base_gfn + slot.npages, 0)
+
+
+cdef inline bint rmap_zap_collapsible(Vm *vm, Slot *slot, uint64_t gfn, int level) noexcept nogil:
+    """Drop small leaves of direct pages where one large leaf could stand.  True: flush needed."""
+    cdef PteIter it
+    cdef ShadowPage *sp
+    cdef uint64_t *head = gfn_to_rmap(slot, gfn, level)
+    cdef uint64_t index = pte_list_first(vm, head[0], &it)
+    cdef bint any = False
+    while index:
+        sp = page_at(vm, spte_page(index))
+        if sp.role & ROLE_DIRECT and role_level(sp.role) < max_mapping_level(vm, slot, sp.gfn, LEVEL_1G):
+            spte_drop(vm, index)
+            any = True
+            index = pte_list_first(vm, head[0], &it)
+        else:
+            index = pte_list_next(vm, &it)
+    return any
+
+
+cdef inline void slot_collapse(Vm *vm, Slot *slot) noexcept nogil:
+    """Logging ended: let large pages come back."""
+    cdef uint64_t gfn, pages
+    cdef int level
+    cdef bint flush = False
+    if vm.rmaps:
+        for level in range(LEVEL_4K, LEVEL_1G):
+            pages = level_pages(level)
+            gfn = slot.base_gfn
+            while gfn < slot.base_gfn + slot.npages:
+                flush |= rmap_zap_collapsible(vm, slot, gfn, level)
+                gfn = (gfn | (pages - 1)) + 1
+    if flush:
+        flush_remote_tlbs(vm)
+    tdp_each_root(vm, slot, 2, slot.base_gfn, slot.base_gfn + slot.npages, 0)
+
+
+cdef inline void slot_logging_changed(Vm *vm, Slot *slot, uint32_t old_flags) noexcept nogil:
+    """The log of an existing slot was switched on or off; read-only slots have none."""
+    cdef bint was = (old_flags & MEM_LOG_DIRTY_PAGES) != 0
+    cdef bint is_ = (slot.flags & MEM_LOG_DIRTY_PAGES) != 0
+    if was == is_ or slot.flags & MEM_READONLY:
+        return
+    mmu_write_lock(vm)
+    if not is_:
+        slot_collapse(vm, slot)
+    elif not vm.switches.manual_protect & INITIALLY_SET:
+        if vm.switches.eager_split:
+            tdp_each_root(vm, slot, 1, slot.base_gfn, slot.base_gfn + slot.npages, 0)
+        slot_protect(vm, slot)
+        flush_remote_tlbs(vm)
+    mmu_write_unlock(vm)
+
+
+cdef inline void protect_masked(Vm *vm, Slot *slot, uint64_t first, uint64_t mask) noexcept nogil:
+    """Protect again the pages of one 64-page word that are being collected."""
+    cdef uint64_t start, end, gfn = slot.base_gfn + first
+    cdef int i
+    if vm.switches.manual_protect & INITIALLY_SET:
+        # Nothing was split or protected when logging began, so large pages are seen to now.
+        start = gfn + <uint64_t>lowest_bit(mask)
+        end = gfn + <uint64_t>highest_bit(mask)
+        if vm.switches.eager_split:
+            tdp_each_root(vm, slot, 1, start, end + 1, 0)
+        write_protect_gfn(vm, slot, start, LEVEL_2M)
+        if start >> 9 != end >> 9:
+            write_protect_gfn(vm, slot, end, LEVEL_2M)
+    tdp_each_root(vm, slot, 0, gfn, gfn + 64, mask)
+    if vm.rmaps:
+        for i in range(64):
+            if (mask >> i) & 1:
+                rmap_wrprot(vm, slot, gfn + <uint64_t>i, LEVEL_4K)
+
+cdef inline int lowest_bit(uint64_t mask) noexcept nogil:
+    cdef int i = 0
+    while not (mask >> i) & 1:
+        i += 1
+    return i
+
+cdef inline int highest_bit(uint64_t mask) noexcept nogil:
+    cdef int i = 63
+    while not (mask >> i) & 1:
+        i -= 1
+    return i
+
+
+cdef inline Slot *logged_slot(Vm *vm, uint32_t number, int *error) noexcept nogil:
+    """The slot ``as_id << 16 | id`` if it has a log.  Under slots_lock."""
+    cdef Slot *slot = NULL
+    error[0] = ERR_INVAL
+    if number >> 16 < 2 and number & 0xffff < MAX_SLOT_ID:
+        slot = vm.slot_by_id[number >> 16][number & 0xffff]
+        error[0] = ERR_NOENT
+        if slot != NULL and slot.dirty != NULL:
+            error[0] = ERR_NONE
+            return slot
+    return NULL
+
+
+cdef inline int dirty_get(Vm *vm, uint32_t number, uint64_t *out, uint64_t words) noexcept nogil:
+    """KVM_GET_DIRTY_LOG: copy the log and, unless it is cleared by hand, start over.  Under slots_lock."""
+    cdef int error = 0
+    cdef Slot *slot = logged_slot(vm, number, &error)
+    cdef uint64_t i
+    cdef bint flush = False
+    if slot == NULL:
+        return error
+    if words != dirty_words(slot.npages):
+        return ERR_INVAL
+    if vm.switches.manual_protect & MANUAL_PROTECT:
+        for i in range(words):
+            out[i] = ld_u64(&slot.dirty[i])
+        return ERR_NONE
+    mmu_write_lock(vm)
+    for i in range(words):
+        out[i] = xchg_u64(&slot.dirty[i], 0) if ld_u64(&slot.dirty[i]) else 0
+        if out[i]:
+            flush = True
+            protect_masked(vm, slot, i << 6, out[i])
+    if flush:
+        flush_remote_tlbs(vm)
+    mmu_write_unlock(vm)
+    return ERR_NONE
+
+
+cdef inline int dirty_clear(Vm *vm, uint32_t number, uint64_t first, uint64_t npages, const uint64_t *bits) noexcept nogil:
+    """KVM_CLEAR_DIRTY_LOG: forget the pages whose bits are set, and protect them again.  Under slots_lock.
+
+    ``first`` is a multiple of 64, and so is ``npages`` unless the range reaches the slot's end.
+    """
+    cdef int error = 0
+    cdef Slot *slot
+    cdef uint64_t i, mask
+    cdef bint flush = False
+    if first & 63:
+        return ERR_INVAL
+    slot = logged_slot(vm, number, &error)
+    if slot == NULL:
+        return error
+    if (first > slot.npages or npages > slot.npages - first
+            or npages & 63 and npages != slot.npages - first):
+        return ERR_INVAL
+    mmu_write_lock(vm)
+    for i in range(dirty_words(npages)):
+        mask = bits[i]
+        if not mask:
+            continue
+        mask &= fetch_and_u64(&slot.dirty[(first >> 6) + i], ~mask)
+        if mask:
+            flush = True
+            protect_masked(vm, slot, first + (i << 6), mask)
+    if flush:
+        flush_remote_tlbs(vm)
+    mmu_write_unlock(vm)
+    return ERR_NONE

@@ -1,0 +1,99 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""What the host's memory manager tells KVM: pages unmapped, pages replaced."""
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memset
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
+from kvmmmu.engine.events cimport ev_set_spte_hva, ev_unmap_hva_range
+from kvmmmu.engine.hostpages cimport (
+    HOSTPAGE_ABSENT, HOSTPAGE_PRESENT, HOSTPAGE_SMALL, HOSTPAGE_STATE, host_state, host_state_set,
+)
+from kvmmmu.engine.leaf cimport rmap_zap_all
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.memslots cimport level_pages, slot_entries, slot_host_level, slot_pfn, vm_slots
+from kvmmmu.engine.state cimport ADDRESS_SPACES, Slot, SlotSet, Vm
+from kvmmmu.engine.tdp cimport tdp_zap_gfns
+from kvmmmu.engine.tlb cimport flush_remote_tlbs
+
+
+cdef inline bint slot_zap_gfns(Vm *vm, Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
+    """Drop every leaf that maps a gfn of [first, end).  True: a flush is needed."""
+    cdef uint64_t gfn, pages
+    cdef int level
+    cdef bint flush = False
+    if vm.rmaps:
+        for level in range(LEVEL_4K, LEVEL_1G + 1):
+            pages = level_pages(level)
+            gfn = first & ~(pages - 1)
+            if gfn < slot.base_gfn:
+                gfn = slot.base_gfn
+            while gfn < end:
+                flush |= rmap_zap_all(vm, slot, gfn, level)
+                gfn = (gfn | (pages - 1)) + 1
+    if vm.tdp_roots:
+        flush |= tdp_zap_gfns(vm, <int>slot.as_id, first, end)
+    return flush
+
+
+cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept nogil:
+    """The host is about to take [start, end) away: no spte may map it afterwards."""
+    cdef SlotSet *slots
+    cdef Slot *slot
+    cdef uint8_t *low
+    cdef uint8_t *high
+    cdef int as_id, i
+    cdef bint flush = False, any = False
+    ev_unmap_hva_range(vm, <uint64_t>start, <uint64_t>end)
+    for as_id in range(ADDRESS_SPACES):
+        slots = vm_slots(vm, as_id)
+        for i in range(slots.map.n):
+            slot = slots.slot[i]
+            low = start if start > slot.hva else slot.hva
+            high = slot.hva + (slot.npages << 12)
+            if end < high:
+                high = end
+            if low >= high:
+                continue
+            if not any:
+                any = True
+                mmu_write_lock(vm)
+            flush |= slot_zap_gfns(vm, slot, slot.base_gfn + (<uint64_t>(low - slot.hva) >> 12),
+                                   slot.base_gfn + (<uint64_t>(high - slot.hva + 4095) >> 12))
+    if not any:
+        return
+    vm.notifier_seq += 1
+    if flush:
+        flush_remote_tlbs(vm)
+    mmu_write_unlock(vm)
+
+
+cdef inline void page_replaced(Vm *vm, uint8_t *hva) noexcept nogil:
+    """The host copied a page on write: the old mapping went, the new one is announced."""
+    unmap_hva_range(vm, hva, hva + 4096)
+    ev_set_spte_hva(vm, <uint64_t>hva)
+
+
+cdef inline void slot_dontneed(Vm *vm, Slot *slot, uint64_t first, uint64_t npages) noexcept nogil:
+    """madvise(MADV_DONTNEED) on pages of a slot's memory: they read as zero until touched again."""
+    cdef uint8_t *hva = slot.hva + (first << 12)
+    cdef uint64_t gfn, pfn, block, i
+    vm.host_states_used = 1
+    unmap_hva_range(vm, hva, hva + (npages << 12))
+    for i in range(npages):
+        gfn = slot.base_gfn + first + i
+        pfn = slot_pfn(slot, gfn)
+        if host_state(vm, pfn) == HOSTPAGE_PRESENT and slot_host_level(slot, gfn) >= LEVEL_2M:
+            # What is left of a huge page is mapped by 4 KiB.
+            block = pfn & ~(level_pages(LEVEL_2M) - 1)
+            host_state_set(vm, block, level_pages(LEVEL_2M), HOSTPAGE_PRESENT | HOSTPAGE_SMALL)
+        host_state_set(vm, pfn, 1, HOSTPAGE_ABSENT | HOSTPAGE_SMALL)
+    memset(hva, 0, <size_t>(npages << 12))
+
+
+cdef inline void slot_never_touched(Vm *vm, Slot *slot, uint64_t first, uint64_t npages) noexcept nogil:
+    """Declare pages of a slot's memory untouched so far; nothing maps them yet."""
+    cdef uint64_t i
+    vm.host_states_used = 1
+    for i in range(npages):
+        host_state_set(vm, slot_pfn(slot, slot.base_gfn + first + i), 1, HOSTPAGE_ABSENT)

@@ -1,0 +1,188 @@
+"""The tables that KVM built, as a picture: ``vm.page_tables()``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmmmu._core import tree_copy_of
+from kvmmmu.sptes import SpteFormat
+
+if TYPE_CHECKING:
+    from kvmmmu.vcpu import VCpu
+
+__all__ = ["PageTables", "TableEntry", "TablePage"]
+
+_MMU_PRESENT: Final = 1 << 11
+_LARGE: Final = 1 << 7
+_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
+_DIRECT: Final = 1 << 7
+_ACCESS: Final = ("---", "--x", "w--", "w-x", "-u-", "-ux", "wu-", "wux")
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """An entry that is not empty.
+
+    Attributes
+    ----------
+    index : int
+        0 to 511.
+    address : int
+        First address it translates: a gva in shadow tables of a paging guest, else a gpa.
+    spte : int
+    kind : {"table", "leaf", "mmio", "np"}
+        Points at another page, maps memory, caches an MMIO fault, or none of these (frozen).
+    ref : int
+        Table: id of the page; leaf: frame number (pfn); else 0.
+    """
+
+    index: int
+    address: int
+    spte: int
+    kind: str
+    ref: int
+
+
+@dataclass(frozen=True)
+class TablePage:
+    """A page of sptes.
+
+    Attributes
+    ----------
+    id : int
+    level : int
+        1 = entries map 4 KiB, ... 5.
+    gfn : int
+        The guest table it shadows, or the first gfn it maps (direct).
+    role : int
+        The role word.
+    unsync : bool
+        The guest may have written its table since.
+    root_count, unsync_children, write_flooding_count, valid_gen : int
+    nx_disallowed : bool
+        It stands where a huge page would if huge pages could be executed.
+    tdp : bool
+        It belongs to the TDP MMU.
+    special : bool
+        A table of four PAE roots: entries, and nothing else that is a shadow page's.
+    reached : bool
+        The current root (with ``all=True``: or a previous one) leads here.
+    entries : tuple of TableEntry
+    """
+
+    id: int
+    level: int
+    gfn: int
+    role: int
+    unsync: bool
+    root_count: int
+    unsync_children: int
+    write_flooding_count: int
+    valid_gen: int
+    nx_disallowed: bool
+    tdp: bool
+    special: bool
+    reached: bool
+    entries: tuple[TableEntry, ...] = field(repr=False)
+
+    @property
+    def direct(self) -> bool:
+        """It maps gpas linearly: no guest table stands behind it."""
+        return bool(self.role & _DIRECT)
+
+
+class PageTables:
+    """A copy of a vCPU's tables; made by ``VM.page_tables``.
+
+    Attributes
+    ----------
+    pages : tuple of TablePage
+        The root first, every page before those it leads to, in order of entries.
+    records : ndarray, shape (n,)
+        Their fields as columns.
+    sptes : ndarray of uint64, shape (n, 512)
+    """
+
+    def __init__(self, vcpu: VCpu, everything: bool) -> None:
+        self.records, self.sptes = tree_copy_of(vcpu, everything)
+        self.records.flags.writeable = False
+        self.sptes.flags.writeable = False
+        vm = vcpu.vm
+        caching = vm.behaviour.mmio_scheme != "off"
+        masks = SpteFormat.of(vm.host, vm.mmu, mmio_caching=caching).masks
+        self._mmio = (masks["mmio_mask"], masks["mmio_value"]) if masks["mmio_value"] else None
+        self._canonical = vm.mmu == "shadow"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[TablePage]:
+        return iter(self.pages)
+
+    @cached_property
+    def pages(self) -> tuple[TablePage, ...]:
+        """See the class."""
+        start: dict[int, int] = {}
+        pages = []
+        names = ("id", "level", "gfn", "role", "unsync", "root_count", "unsync_children", "write_flooding")
+        names += ("valid_gen", "nx_disallowed", "tdp", "special", "reached")
+        flags = {"unsync", "nx_disallowed", "tdp", "special", "reached"}
+        columns = [self.records[name].astype(bool if name in flags else object).tolist() for name in names]
+        for row, values in enumerate(zip(*columns, strict=True)):
+            number, level, special = values[0], values[1], values[11]
+            entries = self._entries(row, level, special, start.get(number, 0))
+            for entry in entries:
+                if entry.kind == "table":
+                    start.setdefault(entry.ref, entry.address)
+            pages.append(TablePage(*values, entries))
+        return tuple(pages)
+
+    def _entries(self, row: int, level: int, special: bool, base: int) -> tuple[TableEntry, ...]:
+        words: npt.NDArray[np.uint64] = self.sptes[row, :4] if special else self.sptes[row]
+        found = np.flatnonzero(words)
+        shift = 12 + 9 * (level - 1)
+        entries = []
+        for index, spte in zip(found.tolist(), words[found].tolist(), strict=True):
+            address = base + (index << shift)
+            if self._canonical and level >= 4 and address >> (shift + 8) & 1 and not base:
+                # Upper halves of 48- and 57-bit address spaces are written with their sign.
+                address |= (1 << 64) - (1 << (shift + 9))
+            entries.append(TableEntry(index, address, spte, *self._kind(spte, level, special)))
+        return tuple(entries)
+
+    def _kind(self, spte: int, level: int, special: bool) -> tuple[str, int]:
+        if self._mmio is not None and not special and spte & self._mmio[0] == self._mmio[1]:
+            return "mmio", 0
+        if special:
+            return "table", (spte & _ADDRESS) >> 12
+        if not spte & _MMU_PRESENT:
+            return "np", 0
+        if level == 1 or spte & _LARGE:
+            return "leaf", (spte & _ADDRESS) >> 12
+        return "table", (spte & _ADDRESS) >> 12
+
+    def __str__(self) -> str:
+        lines = []
+        for page in self.pages:
+            if page.special:
+                lines.append(f"page {page.id} level {page.level}: PAE roots")
+            else:
+                marks = "".join(
+                    f" {name}" for name in ("direct", "unsync", "tdp", "nx_disallowed") if getattr(page, name)
+                )
+                lines.append(
+                    f"page {page.id} level {page.level} gfn {page.gfn:#x} role {page.role:#x}"
+                    f" {_ACCESS[page.role >> 8 & 7]}{marks} roots {page.root_count}"
+                    f" unsync children {page.unsync_children} floods {page.write_flooding_count}"
+                    f"{'' if page.reached else ' not reached'}"
+                )
+            for entry in page.entries:
+                target = {"table": f" page {entry.ref}", "leaf": f" pfn {entry.ref:#x}"}.get(entry.kind, "")
+                lines.append(f"  {entry.index:3} {entry.address:#018x} {entry.spte:#018x} {entry.kind}{target}")
+        return "\n".join(lines)

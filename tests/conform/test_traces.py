@@ -1,0 +1,62 @@
+"""Recorded runs of real kernels replay through the model with every answer the recorded one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvmmmu.conform.replay import MMUS, check, replay
+from kvmmmu.traces import Kind, bundled_trace, open_trace
+
+SLICES = sorted((Path(__file__).parent.parent / "data" / "traces").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", SLICES, ids=lambda path: path.stem)
+def test_every_event_of_the_slices_agrees_in_every_mode(path: Path) -> None:
+    report = check(path)
+    assert report.ok, "\n".join(report.disagreements)
+    assert report.total == len(MMUS) * (open_trace(path).n_records or 0)
+
+
+def test_the_slices_have_every_kind_of_event() -> None:
+    kinds = {int(kind) for path in SLICES for chunk in open_trace(path).chunks() for kind in np.unique(chunk.kind)}
+    assert kinds == {int(kind) for kind in Kind} - {int(Kind.MEMHI)}
+
+
+@pytest.mark.parametrize("mmu", MMUS)
+def test_the_bundled_run_agrees_to_its_last_page_table_entry_and_repeated_mmio_takes_no_search(mmu: str) -> None:
+    trace = open_trace(bundled_trace())
+    report = replay(trace, mmu=mmu)  # type: ignore[arg-type]
+    assert report.ok, report.first
+    assert (report.events, report.tables_compared) == (trace.n_records, 512 * len(trace.page_gpa))
+    assert sum(report.mmio.values()) == trace.meta["nio"]
+    assert report.mmio["slow path"] < 0.001 * trace.meta["nio"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "change"),
+    [("b", Kind.FETCH, 0x1000), ("b", Kind.MEM, 0x1000), ("b", Kind.PTSTORE, 0x1000), ("b", Kind.PF, 1)],
+    ids=["gpa of a fetch", "gpa of an access", "gpa of a table store", "error code"],
+)
+@pytest.mark.parametrize("mmu", MMUS)
+def test_a_changed_answer_is_a_disagreement_told_with_its_record(
+    tmp_path: Path, mmu: str, column: str, kind: Kind, change: int
+) -> None:
+    source = SLICES[0]
+    with np.load(source) as file:
+        columns = {name: file[name] for name in file.files}
+    at = int(np.flatnonzero(columns["kind"] == kind)[5])
+    columns[column][at] ^= np.uint64(change)
+    np.savez(tmp_path / source.name, **columns)
+    report = replay(open_trace(tmp_path / source.name, memory_map=source.with_name("memory-map.json")), mmu=mmu)  # type: ignore[arg-type]
+    assert report.disagreements >= 1
+    assert report.first is not None
+    assert report.first.startswith(f"record {at}: ")
+
+
+def test_the_shared_traces_agree_in_full(shared: Path) -> None:
+    paths = [*sorted((shared / "traces").glob("*.npz")), *sorted((shared / "traces").glob("*.raw.zst"))]
+    assert paths
+    for path in paths:
+        report = check(path)
+        assert report.ok, "\n".join([report.file, *report.disagreements])
