@@ -2,6 +2,7 @@
 """What a vCPU's registers make of its MMU: roles, and the formats of its walks."""
 
 from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, DIALECT_KVM, DIALECT_SDM, paging_init, paging_init_ept, paging_init_npt,
@@ -91,7 +92,9 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     cdef Vm *vm = vcpu.vm
     cdef CpuRegs regs
     cdef CpuModel model
-    cdef int i, level = role_level(vcpu.root_role)
+    cdef int level = role_level(vcpu.root_role)
+    memset(&regs, 0, sizeof(regs))
+    memset(&model, 0, sizeof(model))
     model.maxphyaddr = vm.host.maxphyaddr
     model.gbpages = vm.host.gbpages
     model.amd = 1
@@ -107,12 +110,9 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     regs.cr0 = CR0_PE | CR0_PG | CR0_WP
     regs.cr4 = CR4_PAE
     regs.efer = EFER_NX
-    regs.cr3 = 0
     regs.pkru = vcpu.regs.pkru
     # The width of linear addresses is the guest's own, whoever made the tables.
     regs.compat = vcpu.regs.compat
-    for i in range(4):
-        regs.pdptr[i] = 0
     if level >= 4:
         regs.efer |= EFER_LME | EFER_LMA
     if level == 5:

@@ -17,7 +17,7 @@ _PAGE = 4096
 _UD, _DF, _GP, _PF = 6, 8, 13, 14
 _HAS_ERROR = frozenset({_DF, 10, 11, 12, _GP, _PF, 17})
 _KVM_EXIT_HLT, _KVM_EXIT_SHUTDOWN = 5, 8
-_INTERNAL_EMULATION = 1
+_EMULATION = 1
 # An operation is a few instructions; one that runs on through zeros is still finite.
 _MAX_STEPS = 20000
 
@@ -118,11 +118,11 @@ class Guest:
 
     def check(self, done: Done) -> None:
         """Report MMIO, and turn anything but success into its end."""
-        for kind, gpa, length, data in done.mmio:
-            fields = {"gpa": f"{gpa:x}", "len": f"{length:x}"}
-            if kind == "w":
-                fields["data"] = f"{int.from_bytes(data, 'little'):x}"
-            self.out.append((f"mmio-{kind}", fields))
+        for write, gpa, size, data in done.mmio:
+            fields = {"gpa": f"{gpa:x}", "len": f"{size:x}"}
+            if write:
+                fields["data"] = f"{data:x}"
+            self.out.append(("mmio-w" if write else "mmio-r", fields))
         if done.exits:
             self.flush()
         if done.outcome == Outcome.OK:
@@ -133,9 +133,9 @@ class Guest:
             self.raise_fault(_GP, 0)
         elif done.outcome == Outcome.INTERNAL_ERROR:
             # KVM gives up for the kernel; a user program gets #UD.
-            if self.cpl == 3:
+            if self.cpl == 3 and done.suberror == _EMULATION:
                 self.raise_fault(_UD)
-            self.end("internal", suberror=str(_INTERNAL_EMULATION))
+            self.end("internal", suberror=str(done.suberror))
         elif done.outcome == Outcome.SHUTDOWN:
             self.shutdown()
         elif done.outcome == Outcome.HANG:
@@ -171,7 +171,7 @@ class Guest:
     def access(self, kind: str, instruction: Instruction, **how: int) -> Done:
         """Make the instruction's access."""
         gva = self.address(instruction)
-        done = self.processor.memory(kind, gva, instruction.size, rip=self.rip, **how)
+        done = self.processor.memory(kind, gva, instruction.size, self.rip, instruction.length, **how)
         self.check(done)
         return done
 
@@ -205,7 +205,7 @@ class Guest:
 
     def _movs(self, instruction: Instruction) -> None:
         src, dst = self.registers["rsi"], self.registers["rdi"]
-        done = self.processor.memory("movs", dst, instruction.size, src=src, rip=self.rip)
+        done = self.processor.memory("movs", dst, instruction.size, self.rip, instruction.length, src=src)
         self.check(done)
         self.next(instruction)
 
@@ -291,18 +291,15 @@ class Guest:
         """Try once; None when the handler may start."""
         sysgva = self.script.sysgva
         gate = 16 if self.long else 8
-        plan: list[tuple[int, int, int | None]] = [
-            (sysgva + stubs.IDT + gate * vector, gate, None),
-            (sysgva + stubs.GDT + stubs.CODE_SELECTOR, 8, None),
-        ]
+        plan = [(sysgva + stubs.IDT + gate * vector, 8, False), (sysgva + stubs.GDT + stubs.CODE_SELECTOR, 8, False)]
         top = self.registers["rsp"] if self.cpl == 0 else sysgva + stubs.STACK
         if self.cpl:
-            plan.append((sysgva + stubs.TSS + 4, 8, None))
+            plan.append((sysgva + stubs.TSS + 4, 8, False))
         word = 8 if self.long else 4
         words = 3 + 2 * (self.long or self.cpl > 0) + (vector in _HAS_ERROR)
-        plan.append((top - word * words, word * words, 0))
-        for gva, size, value in plan:
-            done = self.processor.system(gva & self.mask, size, value)
+        plan.append((top - word * words, word, True))
+        for gva, size, write in plan:
+            done = self.processor.system(gva & self.mask, size, self.rip, write=write)
             if done.exits:
                 self.flush()
             if done.outcome != Outcome.OK:

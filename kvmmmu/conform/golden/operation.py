@@ -13,14 +13,9 @@ _EFER_MSR = 0xC0000080
 
 def run(op: Op, script: Script, guest: Guest, host: Host) -> Outcomes:
     """Run it; what came of it, as recordings put it."""
-    try:
-        return _GUEST[op.name](op, script, guest) if op.name in _GUEST else _ioctl(op, guest, host)
-    except NotImplementedError as error:
-        return [("unsupported", {"what": str(error)})]
-
-
-def _ioctl(op: Op, guest: Guest, host: Host) -> Outcomes:
     name = op.name
+    if name in _GUEST:
+        return _GUEST[name](op, script, guest)
     if name == "ac":
         guest.ac = bool(op["value"])
         return []
