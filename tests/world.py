@@ -13,7 +13,7 @@ import numpy as np
 
 import kvmmmu as km
 from kvmmmu.walks import Fault
-from machine import LONG, LONG5, MMIO, NX, PAE3, PS, P, Machine, Mode
+from machine import LONG, LONG5, MMIO, NX, P32, PAE3, PS, Machine, Mode, P
 
 N_TABLES = 16
 RAM = 4 << 20
@@ -27,6 +27,9 @@ class World(Machine):
     """``tables[0]`` and ``tables[1]`` are the top tables."""
 
     def __init__(self, mmu: str, mode: Mode, *, vcpus: int = 1, cpu: km.GuestCpu | None = None, **how: Any) -> None:
+        if cpu is None:
+            # KVM's walker gives 4 MiB pages four more address bits, the processor as many as it has.
+            cpu = km.GuestCpu(maxphyaddr=36 if mode is P32 else 40)
         super().__init__(mmu, mode, ram=RAM, cpu=cpu, start=False, **how)
         self.rom = np.arange(4 * 4096, dtype=np.uint32).view(np.uint8)[: 4 * 4096].copy()
         self.rom_slot = None
@@ -52,36 +55,53 @@ class World(Machine):
 
     # -- raw choices (integers of any size) made into things
 
+    def level(self, table: int) -> int:
+        """Where a table page is meant to be used; entries that keep to it make deep walks likely."""
+        if table < 2:
+            return 2 if self.mode is PAE3 else self.mode.levels
+        if self.mode.levels < 4:
+            return 1
+        return 1 if table >= 8 else 2 + table % max(self.mode.levels - 2, 1)
+
     def frame(self, n: int) -> int:
-        """A gpa by number: mostly tables and data, some from every other kind of place."""
-        kind, rest = n % 16, n // 16
-        if kind < 6:
-            return self.tables[rest % N_TABLES]
-        if kind < 10:
+        """A gpa by number, of any kind of place."""
+        kind, rest = n % 8, n // 8
+        if kind < 2:
+            # Not the PDPTs of PAE paging: used as a table they would get accessed bits, which a PDPTE must not have.
+            return self.tables[2 + rest % (N_TABLES - 2) if self.mode is PAE3 else rest % N_TABLES]
+        if kind == 2:
             return 0x30_0000 + (rest % 8) * 4096
-        if kind == 10:
+        if kind == 3:
             return GUEST_SLOT + (rest % 6) * 4096
-        if kind == 11:
+        if kind == 4:
             return ROM + (rest % 6) * 4096
-        if kind == 12:
+        if kind == 5:
             return MMIO + (rest % 4) * 4096
-        if kind == 13:
-            return 0
-        if kind == 14:
+        if kind == 6:
             return (rest % 4) * 0x20_0000
         return (rest << 12) & (1 << 52) - 4096
 
-    def entry(self, frame: int, flags: int) -> int:
-        """A table entry; half of them allow much, so that walks get somewhere."""
-        value = self.frame(frame)
-        bits = flags >> 1 & 0x1FF & ENTRY_FLAGS
-        if flags & 1:
+    def target(self, table: int, n: int) -> int:
+        """Mostly what belongs into a table of that level."""
+        level, rest = self.level(table % N_TABLES), n // 4
+        if n % 4 == 0:
+            return self.frame(rest)
+        if level > 1:
+            lower = [i for i in range(2, N_TABLES) if self.level(i) == level - 1]
+            return self.tables[lower[rest % len(lower)]]
+        places = (0x30_0000, 0x30_1000, 0x30_2000, MMIO, GUEST_SLOT, ROM, self.tables[8 + rest // 8 % 8])
+        return places[rest % len(places)]
+
+    def entry(self, table: int, frame: int, flags: int) -> int:
+        """A table entry; most of them allow much, so that walks get somewhere."""
+        value, bits = self.target(table, frame), flags >> 2 & ENTRY_FLAGS
+        if flags & 3:
             bits |= 0x67
             if flags >> 12 & 7:
                 bits &= ~(PS | 0x100)
         if self.mode.entry == 4:
             return (value & 0xFFFF_F000) | bits
-        return value | bits | (NX if flags >> 10 & 3 == 3 else 0)
+        return value | bits | (NX if flags >> 16 & 7 == 7 else 0)
 
     def place(self, table: int, index: int) -> int:
         """gpa of an entry that may be changed."""
@@ -103,14 +123,21 @@ class World(Machine):
             value ^= 1 << 62  # not canonical
         return (value + (n * 8 & 0xFF8) + 1) & ((1 << 64) - 1 if self.mode in (LONG, LONG5) else (1 << 32) - 1)
 
+    def lay_out(self, numbers: list[int]) -> None:
+        """Before the guest runs: every entry that is used, from a list of choices."""
+        for table in range(N_TABLES if self.mode.levels else 0):
+            for index in range(8 if self.mode is PAE3 and table < 2 else 4):
+                n = numbers[(table * 8 + index) % len(numbers)]
+                self.lay(table, index, n, n >> 20)
+
     # -- steps
 
     def lay(self, table: int, index: int, frame: int, flags: int) -> None:
         """Before the guest runs: an entry of its tables."""
-        self.poke(self.place(table, index), self.entry(frame, flags))
+        self.poke(self.place(table, index), self.entry(table, frame, flags))
 
     def guest_writes_entry(self, table: int, index: int, frame: int, flags: int) -> None:
-        self.guest_stores(self.place(table, index), self.entry(frame, flags), self.mode.entry)
+        self.guest_stores(self.place(table, index), self.entry(table, frame, flags), self.mode.entry)
 
     def guest_stores(self, gpa: int, value: int, size: int) -> None:
         value &= (1 << 8 * size) - 1
@@ -179,8 +206,10 @@ class World(Machine):
         wanted = self.expected(gva, kind, cpl, memory)
         result = self.vcpu.access(gva, kind, cpl=cpl)
         assert self.got(result) == wanted, f"{result}, expected {wanted}\n{self.vcpu.explain(gva, kind, cpl=cpl)}"
-        # An MMIO spte keeps the rights of its first walk: with CR0.WP = 0 a write through it leaves D as it is.
-        if self.vcpu.regs.cr0 >> 16 & 1 or result.outcome is not km.Outcome.MMIO:
+        # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D as it is;
+        # under EPT and NPT KVM knows the gpa from the exit, and nobody finished a walk of the guest's tables.
+        mmio = result.outcome in (km.Outcome.MMIO, km.Outcome.INTERNAL_ERROR)
+        if not mmio or self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1:
             assert np.array_equal(self.ram, memory[0])
             if self.extra_slot is not None:
                 assert np.array_equal(self.extra, memory[self.extra_slot.gpa])
