@@ -90,14 +90,18 @@ class Violation:
         The page, spte, counter or list.
     found : str
         What stands there and what was expected.
+    hole : str
+        When KVM itself gets there: the rule that leads to it.  Empty for what must never be.
     """
 
     invariant: str
     where: str
     found: str
+    hole: str = ""
 
     def __str__(self) -> str:
-        return f"{self.invariant}: {self.where} {self.found}"
+        known = f" (a hole of KVM's: {self.hole})" if self.hole else ""
+        return f"{self.invariant}: {self.where} {self.found}{known}"
 
 
 _SHOWN = 10

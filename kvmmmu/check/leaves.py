@@ -13,6 +13,7 @@ from kvmmmu.errors import Violation
 
 _GENERATION_MASK = (1 << 19) - 1
 _IN_PROGRESS = 1 << 63
+_RENEWED = "a sync renews the mmio sptes of a page without looking for a slot"
 
 
 def _leaves(s: Snapshot) -> list[tuple[int, int]]:
@@ -107,7 +108,8 @@ def mmio(s: Snapshot) -> Iterator[Violation]:
         gen = spte >> 3 & 0xFF | (spte >> 52 & 0x7FF) << 8
         if s.mmio_scheme == MMIO_GENERATION:
             if gen == space.generation & _GENERATION_MASK and space.at(gpa >> 12) is not None:
-                yield Violation(name, where, f"is current, but gfn {gpa >> 12:#x} has a slot")
+                hole = _RENEWED if Role.has_gptes(s.role(page)) else ""
+                yield Violation(name, where, f"is current, but gfn {gpa >> 12:#x} has a slot", hole)
             if gen & 1 != space.as_id:
                 yield Violation(name, where, f"has generation {gen} of the other space")
         if s.level[page] != 1:
@@ -128,7 +130,9 @@ def generation(s: Snapshot) -> Iterator[Violation]:
             yield Violation(name, f"vCPU {vcpu.id}", f"its MMIO record has generation {vcpu.mmio_generation:#x}")
         fresh = s.mmio_scheme == MMIO_GENERATION and vcpu.mmio_generation == s.spaces[0].generation
         if fresh and vcpu.mmio_gfn and s.spaces[vcpu.as_id].at(vcpu.mmio_gfn) is not None:
-            yield Violation(name, f"vCPU {vcpu.id}", f"its MMIO record is current, gfn {vcpu.mmio_gfn:#x} has a slot")
+            found = f"its MMIO record is current, but gfn {vcpu.mmio_gfn:#x} has a slot"
+            hole = "" if vcpu.root_role & Role.DIRECT else _RENEWED
+            yield Violation(name, f"vCPU {vcpu.id}", found, hole)
 
 
 def dirty_log(s: Snapshot) -> Iterator[Violation]:
