@@ -573,6 +573,8 @@ def record_layouts():
     cdef WalkAnswer a
     cdef Translation t
     cdef Access x
+    cdef ShadowPage sp
+    cdef PteDesc d
     case = [(n, f"u{s}", o) for n, s, o in (
         ("cr0", 8, <size_t>&c.cr0 - <size_t>&c), ("cr3", 8, <size_t>&c.cr3 - <size_t>&c),
         ("cr4", 8, <size_t>&c.cr4 - <size_t>&c), ("efer", 8, <size_t>&c.efer - <size_t>&c),
@@ -597,6 +599,23 @@ def record_layouts():
         ("page_shift", 1, <size_t>&t.page_shift - <size_t>&t), ("access", 1, <size_t>&t.access - <size_t>&t),
         ("level", 1, <size_t>&t.level - <size_t>&t),
     )]
+    page = [(n, f, o) for n, f, o in (
+        ("gfn", "u8", <size_t>&sp.gfn - <size_t>&sp), ("parents", "u8", <size_t>&sp.parents - <size_t>&sp),
+        ("role", "u4", <size_t>&sp.role - <size_t>&sp), ("root_count", "i4", <size_t>&sp.root_count - <size_t>&sp),
+        ("hash_next", "i4", <size_t>&sp.hash_next - <size_t>&sp),
+        ("hash_prev", "i4", <size_t>&sp.hash_prev - <size_t>&sp),
+        ("list_next", "i4", <size_t>&sp.list_next - <size_t>&sp),
+        ("list_prev", "i4", <size_t>&sp.list_prev - <size_t>&sp),
+        ("unsync_children", "u2", <size_t>&sp.unsync_children - <size_t>&sp),
+        ("unsync", "u1", <size_t>&sp.unsync - <size_t>&sp), ("valid_gen", "u1", <size_t>&sp.valid_gen - <size_t>&sp),
+        ("flooding", "u4", <size_t>&sp.flooding - <size_t>&sp), ("tdp", "u1", <size_t>&sp.tdp - <size_t>&sp),
+        ("nx_disallowed", "u1", <size_t>&sp.nx_disallowed - <size_t>&sp),
+        ("on_list", "u1", <size_t>&sp.on_list - <size_t>&sp), ("special", "u1", <size_t>&sp.special - <size_t>&sp),
+    )]
+    desc = [(n, f, o) for n, f, o in (
+        ("sptes", "(14,)u8", <size_t>&d.sptes - <size_t>&d), ("more", "u4", <size_t>&d.more - <size_t>&d),
+        ("count", "u4", <size_t>&d.count - <size_t>&d),
+    )]
     access = [(n, f, o) for n, f, o in (
         ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
         ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x),
@@ -610,6 +629,7 @@ def record_layouts():
         "access": (access, sizeof(Access)),
         "case": (case, sizeof(WalkCase)), "answer": (answer, sizeof(WalkAnswer)),
         "translation": (translation, sizeof(Translation)),
+        "page": (page, sizeof(ShadowPage)), "desc": (desc, sizeof(PteDesc)),
     }
 
 
@@ -695,7 +715,8 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport vcpu_reset, roots_sync, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_reset, vm_teardown
+from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
@@ -1098,6 +1119,25 @@ cdef class VmCore(VmHandle):
         """0 or 1; flips whenever all shadow pages are made obsolete at once."""
         return self.vm.valid_gen
 
+    # -- everything at once
+
+    def snapshot(self):
+        """The whole state as a stream of words, a copy; ``kvmmmu.check.Snapshot`` reads it."""
+        cdef uint64_t room = 0
+        cdef uint64_t n
+        cdef uint64_t address
+        self.check_open()
+        self.check_idle("a snapshot")
+        while True:
+            # Twice: nothing may be allocated while the locks are held.
+            n = vm_snapshot(self.vm, NULL, 0)
+            out = np.empty(n, np.uint64)
+            address = out.ctypes.data
+            room = n
+            n = vm_snapshot(self.vm, <uint64_t *>address, room)
+            if n == room:
+                return out
+
     # -- counters
 
     def vm_stats(self):
@@ -1371,6 +1411,12 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(gva, "gva")
         self.claim()
         vcpu_invlpg(self.vcpu, word)
+        self.release()
+
+    def init(self):
+        """INIT the vCPU: paging off, every root dropped (what KVM on AMD does when the guest shut down)."""
+        self.claim()
+        vcpu_init(self.vcpu)
         self.release()
 
     def sync_roots(self):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvmmmu._arguments import column_u64, index_in
 from kvmmmu._core import VmCore
 from kvmmmu.behaviour import MMIO_SCHEMES, Behaviour, MmioScheme
+from kvmmmu.check import check_vm
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError, MemslotError
 from kvmmmu.events import Events
@@ -285,6 +286,30 @@ class VM:
             No slot stands there, or its buffer is read-only.
         """
         self._core.host_store(gpa, bytes(data), index_in("as_id", as_id, 0, 1))
+
+    def check(self, *, holes: bool = False) -> None:
+        """Check every invariant of the shadow pages, roots, slots and counters on a copy of the state.
+
+        Parameters
+        ----------
+        holes : bool
+            Report also what KVM's own rules lead to, such as an mmio spte that a sync renews although a slot
+            stands there by now.
+
+        Raises
+        ------
+        InvariantError
+            Something is not consistent; ``violations`` lists each invariant, page and expectation.
+        VmBusyError
+            A vCPU is running.
+        VmClosedError
+            The VM was closed.
+
+        Notes
+        -----
+        Takes time and memory in proportion to the shadow pages ever used at once and to the slots.
+        """
+        check_vm(self._core, holes=holes)
 
     def close(self) -> None:
         """Let go of every slot and every buffer; counters and events can still be read.

@@ -146,7 +146,11 @@ cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int s
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     out.outcome = OUTCOME_OK
     if access & PFERR_FETCH:
-        # There is no instruction to decode where no memory is.
+        # KVM reads the instruction by the guest's tables: it may find that the guest faults, a table of its own
+        # being what no memory holds.  Else there is nothing to decode where no memory is.
+        if not guest_walk(vcpu, &vcpu.walk, gva, access):
+            inject_guest_fault(vcpu, gva, out)
+            return
         vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
         out.outcome = OUTCOME_INTERNAL_ERROR
         out.suberror = SUBERROR_EMULATION

@@ -128,6 +128,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
 cdef inline void hw_root(Vcpu *vcpu) noexcept nogil:
     """Point the processor at the current root (``load_pgd``)."""
     cdef int i
+    vcpu.last_root = vcpu.root.page
     vcpu.hw.root = <uint64_t>vcpu.root.page << 12
     if page_at(vcpu.vm, vcpu.root.page).special:
         for i in range(4):

@@ -334,6 +334,16 @@ cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
     if not vcpu.vm.host.amd:
         request(vcpu, REQ_TLB_FLUSH)
 
+cdef inline void vcpu_init(Vcpu *vcpu) noexcept nogil:
+    """INIT: SVM's answer to a guest that shut down; every root goes."""
+    vcpu.regs.cr0 = CR0_CD | CR0_NW
+    vcpu.regs.cr3 = 0
+    vcpu.regs.cr4 = 0
+    vcpu.regs.efer = 0
+    vcpu.cpl = 0
+    vcpu.ac = 0
+    context_reset(vcpu)
+
 # ---- VM entry -----------------------------------------------------------------------
 
 cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:

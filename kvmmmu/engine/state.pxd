@@ -370,6 +370,7 @@ cdef struct Vcpu:
     uint32_t root_role
     Root root
     Root prev_roots[3]
+    int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
     uint64_t stats[32]

@@ -169,7 +169,7 @@ class Guest:
                 self.raise_fault(_UD)
             self.end("internal", suberror=str(done.suberror))
         elif done.outcome == Outcome.SHUTDOWN:
-            self.shutdown()
+            self.shutdown(by_processor=False)
         elif done.outcome == Outcome.HANG:
             self.end("hang")
         self.end("error", what=f"{done.outcome.name} {done.error_code}")
@@ -431,8 +431,9 @@ class Guest:
         self.processor.mode(0, False)
         return None
 
-    def shutdown(self) -> NoReturn:
-        """A triple fault."""
+    def shutdown(self, *, by_processor: bool = True) -> NoReturn:
+        """A triple fault: the processor's, or one that KVM asked for itself (no root could be loaded)."""
         self.shut_down = True
-        self.processor.shutdown(self.rip)
+        if by_processor:
+            self.processor.shutdown(self.rip)
         self.end("exit", exit=str(_KVM_EXIT_SHUTDOWN))

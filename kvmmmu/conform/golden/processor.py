@@ -226,3 +226,6 @@ class Processor:
     def shutdown(self, rip: int) -> None:
         """The processor triple-faults."""
         self.note(self.exits.shutdown_line(rip))
+        if self.exits.amd:
+            # The VMCB is undefined after a shutdown, so KVM resets the vCPU.
+            self.vcpu.init()
