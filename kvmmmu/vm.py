@@ -350,4 +350,5 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ept_2m,
         host.vendor == "amd",
         host.la57,
+        host.ad_first,
     )

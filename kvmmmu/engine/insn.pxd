@@ -129,6 +129,12 @@ cdef inline void exits_add(Insn *insn, const Access *out, uint64_t data, bint wr
         insn.n_exits += 1
 
 
+cdef inline int last_piece(uint64_t gva, int size) noexcept nogil:
+    """Bytes of an operand in the last page it touches: what the event about a pending read shows."""
+    cdef int first = 4096 - <int>(gva & 4095)
+    return size - first if first < size else size
+
+
 cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t known_gpa, uint64_t *memory,
                              Access *out) noexcept nogil:
     """Read an operand; a completed MMIO read is taken as it came back."""
@@ -146,7 +152,7 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, out.mmio_size[0], insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, last_piece(gva, insn.size), insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT
@@ -233,6 +239,7 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     # An event that was being delivered is forgotten once an instruction is emulated.
     vcpu.vectoring = 0
     if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
         inject_guest_fault(vcpu, vcpu.rip, out)
         return False
     host = guest_host(vcpu, vcpu.walk.gpa)

@@ -391,6 +391,7 @@ cdef struct HostCpu:
     uint8_t ept_2m
     uint8_t amd           # vendor
     uint8_t la57          # five-level host tables
+    uint8_t ad_first      # guest A/D bits are set before the address itself is translated
 
 cdef struct Switches:
     # A behaviour profile: named differences between eras, each settable alone.

@@ -22,6 +22,7 @@ ARTEFACTS: Final = MappingProxyType(
     {
         "empty_tlb": "the TLB is empty at every VM entry",
         "rsvd_without_present": "a reserved-bit fault of the processor has no P bit in its error code",
+        "ad_first": "the guest's A/D bits are set before the address itself is translated by the second dimension",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
         "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
         "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load the guest's later",
@@ -78,6 +79,7 @@ def configure(setup: Setup, where: str) -> Configuration:
     # KVM itself turns the parameter off where no reserved address bit is left; that rule is the model's own.
     if not setup.on("kvm.mmio_caching", True) and setup.maxphyaddr < 52:
         scheme = "off"
+    artefacts = _artefacts(amd, tdp)
     features = {name: name in setup.flags for name in ("nx", "smep", "smap", "la57")}
     return Configuration(
         mmu=("npt" if amd else "ept") if tdp else "shadow",
@@ -89,6 +91,7 @@ def configure(setup: Setup, where: str) -> Configuration:
             ept_ad=setup.on("kvm_intel.eptad", True),
             vendor=setup.vendor,
             la57=features["la57"],
+            ad_first="ad_first" in artefacts,
         ),
         guest=GuestCpu(
             maxphyaddr=setup.maxphyaddr,
@@ -104,7 +107,7 @@ def configure(setup: Setup, where: str) -> Configuration:
             nx_huge_pages=setup.on("kvm.nx_huge_pages", False),
         ),
         pcid="pcid" in setup.flags,
-        artefacts=_artefacts(amd, tdp),
+        artefacts=artefacts,
     )
 
 
@@ -113,7 +116,7 @@ def _artefacts(amd: bool, tdp: bool) -> frozenset[str]:
     if amd:
         names |= {"rsvd_without_present", "rmw_reads_first", "pdpte_accessed"}
         if tdp:
-            names.add("pdpte_unchecked")
+            names |= {"pdpte_unchecked", "ad_first"}
     elif tdp:
         names.add("rmw_as_write")
     return frozenset(names)

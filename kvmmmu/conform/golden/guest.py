@@ -139,7 +139,7 @@ class Guest:
         """Code bytes within a page."""
         page = rip // _PAGE
         if page not in self.code:
-            done = self.processor.fetch(rip)
+            done = self.processor.fetch(rip, self.rip)
             if done.exits:
                 self.flush()
             self.check(done)

@@ -8,7 +8,6 @@ from typing import Final
 from kvmmmu.conform.golden.host import Host
 from kvmmmu.golden.results import TableEntry, TablePage
 from kvmmmu.trees import PageTables
-from kvmmmu.vcpu import VCpu
 
 __all__ = ["model_tree", "trees_differ"]
 
@@ -20,14 +19,8 @@ _ROOT_ACCESSED: Final = 1 << 5
 _Row = tuple[object, ...]
 
 
-def model_tree(vcpu: VCpu, host: Host) -> tuple[TablePage, ...]:
-    """The tables under the vCPU's root, written as recordings write them.
-
-    A vCPU that could not load a root has none; recordings then show the root it had before.
-    """
-    tables: PageTables = vcpu.vm.page_tables(vcpu)
-    if not len(tables):
-        tables = vcpu.vm.page_tables(vcpu, previous=0)
+def model_tree(tables: PageTables, host: Host) -> tuple[TablePage, ...]:
+    """Tables written as recordings write them."""
     number = {page.id: str(i) for i, page in enumerate(tables.pages)}
     pages = []
     for page in tables.pages:
