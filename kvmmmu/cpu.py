@@ -131,6 +131,9 @@ class HostCpu:
     ad_first : bool
         Under EPT and NPT the guest's accessed and dirty bits are set before the address itself is translated, so
         that they stay set when that faults; manuals leave the order open.
+    ad_unchecked : bool
+        Under EPT without A/D bits, guest accessed and dirty bits are set in pages that EPT does not let it write
+        (some emulators do; SDM vol. 3C section 29.3.3.2 says otherwise).
 
     Raises
     ------
@@ -152,6 +155,7 @@ class HostCpu:
     vendor: str = "intel"
     la57: bool = False
     ad_first: bool = False
+    ad_unchecked: bool = False
 
     def __post_init__(self) -> None:
         _check_bits("HostCpu", "maxphyaddr", self.maxphyaddr, 36, 52)

@@ -78,6 +78,15 @@ cdef enum:
     VMX_INTR_PF = 0x0b0e   # valid bit (31) is added where it is shown: an enum constant is an int
     SVM_NPF = 0x400
 
+cdef inline uint64_t vmx_vectoring(const Vcpu *vcpu) noexcept nogil:
+    """IDT-vectoring information: the exception whose delivery the exit broke off (SDM vol. 3C section 25.9.3)."""
+    cdef uint64_t vector = vcpu.vectoring
+    if vector == 0:
+        return 0
+    # Hardware exception, valid; with an error code or without.
+    return (ONE << 31) | 0x300 | (0x800 if 10 <= vector <= 14 or vector == 8 or vector == 17 else 0) | vector
+
+
 cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t code) noexcept nogil:
     """The exit as the processor reports it, and KVM's own line for a page fault."""
     cdef Vm *vm = vcpu.vm
@@ -86,15 +95,15 @@ cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t co
         return
     if fault == FAULT_PF:
         if vmx:
-            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, 0, VMX_INTR_PF, <uint32_t>code)
+            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, vmx_vectoring(vcpu), VMX_INTR_PF, <uint32_t>code)
         else:
             ev_exit(vm, vcpu.id, ISA_SVM, SVM_EXCEPTION_PF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_NPF:
         ev_exit(vm, vcpu.id, ISA_SVM, SVM_NPF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_EPT_VIOLATION:
-        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, 0, 0, 0)
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, vmx_vectoring(vcpu), 0, 0)
     else:
-        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, 0, 0, 0)
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, vmx_vectoring(vcpu), 0, 0)
         return
     ev_page_fault(vm, vcpu.id, vcpu.rip, address, code)
 

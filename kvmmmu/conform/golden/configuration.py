@@ -23,6 +23,7 @@ ARTEFACTS: Final = MappingProxyType(
         "empty_tlb": "the TLB is empty at every VM entry",
         "rsvd_without_present": "a reserved-bit fault of the processor has no P bit in its error code",
         "ad_first": "the guest's A/D bits are set before the address itself is translated by the second dimension",
+        "ad_unchecked": "guest A/D bits are set without asking EPT for write access",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
         "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
         "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load the guest's later",
@@ -79,7 +80,8 @@ def configure(setup: Setup, where: str) -> Configuration:
     # KVM itself turns the parameter off where no reserved address bit is left; that rule is the model's own.
     if not setup.on("kvm.mmio_caching", True) and setup.maxphyaddr < 52:
         scheme = "off"
-    artefacts = _artefacts(amd, tdp)
+    ept_ad = setup.on("kvm_intel.eptad", True)
+    artefacts = _artefacts(amd, tdp, ept_ad)
     features = {name: name in setup.flags for name in ("nx", "smep", "smap", "la57")}
     return Configuration(
         mmu=("npt" if amd else "ept") if tdp else "shadow",
@@ -88,10 +90,11 @@ def configure(setup: Setup, where: str) -> Configuration:
             gbpages="pdpe1gb" in setup.flags,
             l1tf=not amd,
             cache_bits=None if amd else _L1_CACHE_BITS,
-            ept_ad=setup.on("kvm_intel.eptad", True),
+            ept_ad=ept_ad,
             vendor=setup.vendor,
             la57=features["la57"],
             ad_first="ad_first" in artefacts,
+            ad_unchecked="ad_unchecked" in artefacts,
         ),
         guest=GuestCpu(
             maxphyaddr=setup.maxphyaddr,
@@ -111,12 +114,14 @@ def configure(setup: Setup, where: str) -> Configuration:
     )
 
 
-def _artefacts(amd: bool, tdp: bool) -> frozenset[str]:
+def _artefacts(amd: bool, tdp: bool, ept_ad: bool) -> frozenset[str]:
     names = {"empty_tlb"}
     if amd:
         names |= {"rsvd_without_present", "rmw_reads_first", "pdpte_accessed"}
         if tdp:
             names |= {"pdpte_unchecked", "ad_first"}
     elif tdp:
-        names.add("rmw_as_write")
+        names |= {"rmw_as_write", "ad_first"}
+        if not ept_ad:
+            names.add("ad_unchecked")
     return frozenset(names)

@@ -30,7 +30,7 @@ _PAGE = 4096
 _UD, _DF, _GP, _PF = 6, 8, 13, 14
 _HAS_ERROR = frozenset({_DF, 10, 11, 12, _GP, _PF, 17})
 _KVM_EXIT_HLT, _KVM_EXIT_SHUTDOWN = 5, 8
-_EMULATION = 1
+_EMULATION, _DELIVERY = 1, 3
 # An operation is a few instructions; one that runs on through zeros is still finite.
 # Beyond a triple fault there is nothing: more deliveries than these make no progress.
 _MAX_DELIVERIES = 64
@@ -61,6 +61,9 @@ class Guest:
         self.cpl = 0
         self.ac = False
         self.shut_down = False
+        # An exception whose delivery failed waits for the next run.
+        self.pending: int | None = None
+        self.delivering: int | None = None
         self.registers: dict[str, int] = {}
         self.rip = 0
         # Translations the processor still holds: emptied by every exit.  (page -> guest frame)
@@ -90,6 +93,10 @@ class Guest:
         self.carry = 0
         self.flush()
         try:
+            if self.pending is not None:
+                vector, self.pending = self.pending, None
+                self.fault = {"exc": str(vector), "ip": "stub+0"}
+                self.deliver(vector)
             for _ in range(_MAX_STEPS):
                 self.step()
             self.out.append(("hang", {}))
@@ -167,6 +174,7 @@ class Guest:
             if self.cpl == 3 and done.suberror == _EMULATION:
                 self.processor.inject(_UD)
                 self.raise_fault(_UD)
+            self.pending = self.delivering if done.suberror == _DELIVERY else None
             self.end("internal", suberror=str(done.suberror))
         elif done.outcome == Outcome.SHUTDOWN:
             self.shutdown(by_processor=False)
@@ -416,6 +424,7 @@ class Guest:
         words = 3 + 2 * (self.long or self.cpl > 0) + (vector in _HAS_ERROR)
         plan.append((top - word * words, word, True))
         position = 0
+        self.delivering = vector
         while position < len(plan):
             gva, size, write = plan[position]
             done = self.processor.system(vector, gva & self.mask, size, self.rip, write=write)
