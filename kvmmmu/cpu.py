@@ -134,6 +134,8 @@ class HostCpu:
     ad_unchecked : bool
         Under EPT without A/D bits, guest accessed and dirty bits are set in pages that EPT does not let it write
         (some emulators do; SDM vol. 3C section 29.3.3.2 says otherwise).
+    rsvd_alone : bool
+        Reserved-bit page faults lack P in their error code (some emulators; SDM vol. 3A section 4.7 says otherwise).
 
     Raises
     ------
@@ -156,6 +158,7 @@ class HostCpu:
     la57: bool = False
     ad_first: bool = False
     ad_unchecked: bool = False
+    rsvd_alone: bool = False
 
     def __post_init__(self) -> None:
         _check_bits("HostCpu", "maxphyaddr", self.maxphyaddr, 36, 52)

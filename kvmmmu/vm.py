@@ -352,4 +352,5 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.la57,
         host.ad_first,
         host.ad_unchecked,
+        host.rsvd_alone,
     )

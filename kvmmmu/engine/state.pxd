@@ -393,6 +393,7 @@ cdef struct HostCpu:
     uint8_t la57          # five-level host tables
     uint8_t ad_first      # guest A/D bits are set before the address itself is translated
     uint8_t ad_unchecked  # guest A/D bits are set without asking EPT (A/D off) for write access
+    uint8_t rsvd_alone    # a reserved-bit fault is reported without P
 
 cdef struct Switches:
     # A behaviour profile: named differences between eras, each settable alone.

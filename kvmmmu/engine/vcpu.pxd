@@ -108,9 +108,18 @@ cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t co
     ev_page_fault(vm, vcpu.id, vcpu.rip, address, code)
 
 
+cdef inline uint64_t reported_code(const Vcpu *vcpu, uint64_t code) noexcept nogil:
+    """An error code as this processor reports it."""
+    if vcpu.vm.host.rsvd_alone and code & PFERR_RSVD:
+        return code & ~PFERR_PRESENT
+    return code
+
+
 cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known_gpa) noexcept nogil:
     """KVM's handler for what the processor reported; the result of ``page_fault``, or EXIT_DELIVERY_EV."""
     cdef uint64_t address = gva, code = vcpu.nested.error_code
+    if fault == FAULT_PF or fault == FAULT_NPF:
+        code = reported_code(vcpu, code)
     if fault != FAULT_PF:
         address = vcpu.nested.va
     trace_exit(vcpu, fault, address, code)
@@ -176,7 +185,7 @@ cdef inline bint guest_own_fault(Vcpu *vcpu, int fault, uint64_t gva, Access *ou
         out.outcome = OUTCOME_GP
     elif fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
         out.outcome = OUTCOME_PF
-        out.error_code = vcpu.walk.error_code
+        out.error_code = reported_code(vcpu, vcpu.walk.error_code)
     else:
         return False
     out.fault_gva = gva

@@ -21,7 +21,7 @@ __all__ = ["ARTEFACTS", "Configuration", "configure"]
 ARTEFACTS: Final = MappingProxyType(
     {
         "empty_tlb": "the TLB is empty at every VM entry",
-        "rsvd_without_present": "a reserved-bit fault of the processor has no P bit in its error code",
+        "rsvd_alone": "a reserved-bit fault of the processor has no P bit in its error code",
         "ad_first": "the guest's A/D bits are set before the address itself is translated by the second dimension",
         "ad_unchecked": "guest A/D bits are set without asking EPT for write access",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
@@ -95,6 +95,7 @@ def configure(setup: Setup, where: str) -> Configuration:
             la57=features["la57"],
             ad_first="ad_first" in artefacts,
             ad_unchecked="ad_unchecked" in artefacts,
+            rsvd_alone="rsvd_alone" in artefacts,
         ),
         guest=GuestCpu(
             maxphyaddr=setup.maxphyaddr,
@@ -117,7 +118,7 @@ def configure(setup: Setup, where: str) -> Configuration:
 def _artefacts(amd: bool, tdp: bool, ept_ad: bool) -> frozenset[str]:
     names = {"empty_tlb"}
     if amd:
-        names |= {"rsvd_without_present", "rmw_reads_first", "pdpte_accessed"}
+        names |= {"rsvd_alone", "rmw_reads_first", "pdpte_accessed"}
         if tdp:
             names |= {"pdpte_unchecked", "ad_first"}
     elif tdp:

@@ -166,7 +166,7 @@ class Guest:
         if done.outcome == Outcome.OK:
             return
         if done.outcome == Outcome.PF:
-            self.raise_fault(_PF, self.visible(done), done.gva)
+            self.raise_fault(_PF, done.error_code, done.gva)
         elif done.outcome == Outcome.GP:
             self.raise_fault(_GP, 0)
         elif done.outcome == Outcome.INTERNAL_ERROR:
@@ -181,12 +181,6 @@ class Guest:
         elif done.outcome == Outcome.HANG:
             self.end("hang")
         self.end("error", what=f"{done.outcome.name} {done.error_code}")
-
-    def visible(self, done: Done) -> int:
-        """A page fault's error code as the guest sees it."""
-        if done.by_processor and done.error_code & 8 and "rsvd_without_present" in self.processor.artefacts:
-            return done.error_code & ~1
-        return done.error_code
 
     def address(self, operand: Memory, instruction: Instruction) -> int:
         """The effective address of a memory operand."""
@@ -407,7 +401,7 @@ class Guest:
                 self.fault = {"exc": str(_DF), "err": "0", "ip": self.fault["ip"]}
             else:
                 vector = _PF if done.outcome == Outcome.PF else _GP
-                self.fault = {"exc": str(vector), "err": f"{self.visible(done):x}", "ip": self.fault["ip"]}
+                self.fault = {"exc": str(vector), "err": f"{done.error_code:x}", "ip": self.fault["ip"]}
                 if vector == _PF:
                     self.fault["cr2"] = f"{done.gva:x}"
         self.end("hang")

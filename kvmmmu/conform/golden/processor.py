@@ -50,8 +50,6 @@ class Done:
         VM exits it cost.
     mmio : list of (write, gpa, size, data)
         Exits to user space, in order.
-    by_processor : bool
-        A guest fault was found by the processor itself, not by KVM.
     emulated : bool
         KVM made the access.
     """
@@ -64,7 +62,6 @@ class Done:
     suberror: int = 0
     exits: int = 0
     mmio: list[tuple[bool, int, int, int]] = field(default_factory=list)
-    by_processor: bool = False
     emulated: bool = False
 
 
@@ -133,7 +130,6 @@ class Processor:
             execution.suberror,
             result.exits,
             [(exit.write, exit.gpa, exit.size, exit.data) for exit in execution.mmio],
-            not self.shadow and result.path != Path.EMULATED,
             result.path == Path.EMULATED,
         )
 

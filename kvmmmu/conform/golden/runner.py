@@ -51,7 +51,7 @@ class Machine:
         self.host.write(script.sysgpa, stubs.sys_page(script.long, script.sysgva))
         self.host.write(script.usrgpa, stubs.usr_page(script.long))
         self.vcpu = self.vm.create_vcpu(configuration.guest)
-        self.recorder = Recorder(self.vm, self.host, configuration.artefacts, enabled=events)
+        self.recorder = Recorder(self.vm, self.host, enabled=events)
         processor = Processor(self.vcpu, configuration, self.recorder)
         processor.set_sregs(cr0=script.cr0, cr3=script.cr3, cr4=script.cr4, efer=script.efer)
         self.guest = Guest(processor, self.host, script)
