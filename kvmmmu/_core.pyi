@@ -8,6 +8,19 @@ from typing_extensions import disjoint_base
 
 from kvmmmu.outcome import Outcome, Path
 
+# ---- C table
+
+_C_API: object
+
+@disjoint_base
+class VmHandle: ...
+
+@disjoint_base
+class VcpuHandle: ...
+
+@disjoint_base
+class TablesHandle: ...
+
 # ---- sptes and constants
 
 class _SpteFacts(TypedDict):
@@ -79,7 +92,7 @@ class SpteCodec:
 class WalkColumn: ...
 
 @disjoint_base
-class PagingCore:
+class PagingCore(TablesHandle):
     def __init__(
         self,
         areas: list[tuple[int, Any]],
@@ -152,7 +165,7 @@ class Export:
     def obj(self) -> Any: ...
 
 @disjoint_base
-class VmCore:
+class VmCore(VmHandle):
     def __new__(
         cls, mmu: int, host: tuple[int, ...], mmio_scheme: int, tdp_mmu: bool, nx_huge_pages: bool
     ) -> VmCore: ...
@@ -215,7 +228,7 @@ class AccessResult:
     def mmio(self) -> tuple[tuple[int, int], ...]: ...
 
 @disjoint_base
-class VcpuCore:
+class VcpuCore(VcpuHandle):
     def __new__(cls, owner: VmCore, model: tuple[int, ...], *args: Any) -> Self: ...
     @property
     def id(self) -> int: ...
@@ -228,6 +241,7 @@ class VcpuCore:
     def load_sregs(self, cr0: int, cr3: int, cr4: int, efer: int, pkru: int, compat: bool) -> bool: ...
     def load_register(self, n: int, value: int) -> bool: ...
     def invlpg(self, gva: SupportsIndex) -> None: ...
+    def init(self) -> None: ...
     def sync_roots(self) -> None: ...
     def access(
         self,
@@ -259,4 +273,4 @@ class VcpuCore:
 
 TREE_PAGE_DTYPE: np.dtype[np.void]
 
-def tree_copy_of(core: VcpuCore, everything: bool) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint64]]: ...
+def tree_copy_of(core: VcpuCore, everything: bool, previous: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint64]]: ...

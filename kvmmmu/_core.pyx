@@ -702,20 +702,20 @@ from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
-from kvmmmu.engine.events cimport event_emit, events_copy
+from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
-from kvmmmu.engine.insn cimport insn_continue, insn_execute
+from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
-from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard, vm_memory_free, vm_memory_init
-from kvmmmu.engine.roles cimport roles_refresh
-from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.moves cimport vcpu_move_to_cr
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_reset, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
@@ -829,7 +829,8 @@ cdef class VmCore(VmHandle):
         self.next_token = 1
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
-         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57) = host
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
+         vm.host.ad_first) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
         vm.switches.nx_huge_pages = nx_huge_pages
@@ -1329,7 +1330,7 @@ cdef class VcpuCore(VcpuHandle):
             free(line)
             raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
         vcpu.id = vm.n_vcpus
-        roles_refresh(vcpu)
+        vcpu_reset(vcpu)
         vm.vcpus[vcpu.id] = vcpu
         vm.lines[vcpu.id] = line
         vm.n_vcpus += 1
@@ -1392,14 +1393,7 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(value, "value")
         cdef int result
         self.claim()
-        if n == 0:
-            result = mov_cr0(self.vcpu, word)
-        elif n == 3:
-            result = load_cr3(self.vcpu, word)
-        elif n == 4:
-            result = mov_cr4(self.vcpu, word)
-        else:
-            result = write_efer(self.vcpu, word)
+        result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
         self.release()
         return result == REG_OK
 
@@ -1419,6 +1413,12 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(gva, "gva")
         self.claim()
         vcpu_invlpg(self.vcpu, word)
+        self.release()
+
+    def init(self):
+        """INIT the vCPU: paging off, every root dropped (what KVM on AMD does when the guest shut down)."""
+        self.claim()
+        vcpu_init(self.vcpu)
         self.release()
 
     def sync_roots(self):
@@ -1504,7 +1504,7 @@ cdef class VcpuCore(VcpuHandle):
         return result, <bytes>buffer[:n]
 
     def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
-                 bint vectoring, mmio_read):
+                 bint refetch, int vectoring, mmio_read):
         """One instruction to its end: (AccessResult, suberror, MMIO exits, result).
 
         ``mmio_read(gpa, size)`` returns the bytes a device gives; exits are (is write, gpa, size, data).
@@ -1524,10 +1524,11 @@ cdef class VcpuCore(VcpuHandle):
         insn.code_gva = as_word(code_gva, "code_gva")
         insn.code_size = <uint8_t>code_size
         insn.split_rmw = split_rmw
+        insn.refetch = refetch
         self.claim()
         try:
             self.vcpu.cpl = <uint8_t>cpl
-            self.vcpu.vectoring = vectoring
+            self.vcpu.vectoring = <uint8_t>vectoring
             insn_execute(self.vcpu, &insn, &result.a)
             while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
                 for i in range(result.a.n_mmio):
@@ -1546,6 +1547,22 @@ cdef class VcpuCore(VcpuHandle):
     def mmio_offsets(self, AccessResult result not None):
         """Where in the access each piece of ``result.mmio`` stands."""
         return [result.a.mmio_offset[i] for i in range(result.a.n_mmio)]
+
+    def fetch_software(self, code_gva, int code_size):
+        """KVM's own fetch and decode of an instruction that it carries out or steps over: (AccessResult, suberror)."""
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef Insn insn
+        memset(&insn, 0, sizeof(insn))
+        insn.code_gva = as_word(code_gva, "code_gva")
+        insn.code_size = <uint8_t>code_size
+        self.claim()
+        insn_fetch(self.vcpu, &insn, &result.a)
+        self.release()
+        return result, result.a.suberror
+
+    def trace_injection(self, int vector, bint has_error, error_code):
+        """Trace that KVM injects an exception."""
+        ev_inj_exception(self.owner.vm, self.vcpu.id, vector, has_error, as_word(error_code, "error_code"), False)
 
     def access_into(self, gvas, kinds, out, int cpl, int size):
         """A column of accesses, in order, into a column of records; ``kinds`` is a column or None for reads."""
@@ -1657,10 +1674,10 @@ TREE_PAGE_DTYPE = np.dtype(
 assert TREE_PAGE_DTYPE.itemsize == sizeof(TreePage)
 
 
-def tree_copy_of(VcpuCore core not None, bint everything):
+def tree_copy_of(VcpuCore core not None, bint everything, int previous):
     """Pages under the vCPU's root (all there are: ``everything``): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
 
-    The first page is the root; there is none before the first entry.
+    The first page is the root (``previous`` 0 to 2: that previous root); there is none before the first entry.
     """
     cdef Vm *vm = core.owner.vm
     cdef int32_t *ids = NULL
@@ -1679,7 +1696,7 @@ def tree_copy_of(VcpuCore core not None, bint everything):
         seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
         ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
         if seen != NULL and ids != NULL:
-            n = tree_list(core.vcpu, everything, seen, ids)
+            n = tree_list(core.vcpu, everything, previous, seen, ids)
             if n <= room:
                 tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
         mmu_write_unlock(vm)

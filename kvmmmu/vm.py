@@ -149,7 +149,9 @@ class VM:
         self._vcpus.append(ref(vcpu))
         return vcpu
 
-    def page_tables(self, vcpu: VCpu | None = None, *, all: bool = False) -> PageTables:
+    def page_tables(
+        self, vcpu: VCpu | None = None, *, all: bool = False, previous: int | None = None
+    ) -> PageTables:
         """Copy the tables KVM built for a vCPU.
 
         Parameters
@@ -158,6 +160,8 @@ class VM:
             The only one by default.
         all : bool
             Previous roots too, and pages that no root reaches.
+        previous : int, optional
+            Begin at the previous root 0, 1 or 2 (the latest first) instead of the current one.
 
         Returns
         -------
@@ -178,7 +182,9 @@ class VM:
             vcpu = vcpus[0]
         if vcpu.vm is not self:
             raise ArgumentError("vcpu belongs to another VM")
-        return PageTables(vcpu, bool(all))
+        if previous is not None:
+            previous = index_in("previous", previous, 0, 2)
+        return PageTables(vcpu, bool(all), previous)
 
     # -- shadow pages, dirty log, host pages
 
@@ -347,4 +353,5 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ept_2m,
         host.vendor == "amd",
         host.la57,
+        host.ad_first,
     )

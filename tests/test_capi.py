@@ -267,8 +267,11 @@ def test_the_privilege_level_of_a_call_does_not_stay(guest: Guest, capi: Any) ->
 
 @pytest.mark.parametrize(
     ("how", "size", "cpl"),
-    [(3, 1, 0), (4, 1, 0), (WRITE | AC, 1, 0), (SET_AD, 1, 0), (1 << 31, 1, 0), (READ, 0, 0), (READ, 65, 0)]
-    + [(READ, 2**32 - 1, 0), (READ, 1, 4), (READ, 1, -2), (READ, 1, 2**31 - 1)],
+    [
+        *((how, 1, 0) for how in (3, 4, WRITE | AC, SET_AD, 1 << 31)),
+        *((READ, size, 0) for size in (0, 65, 2**32 - 1)),
+        *((READ, 1, cpl) for cpl in (4, -2, 2**31 - 1)),
+    ],
 )
 def test_an_access_with_a_wrong_argument_changes_nothing(capi: Any, how: int, size: int, cpl: int) -> None:
     guest = Guest("shadow", capi)

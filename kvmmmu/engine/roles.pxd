@@ -85,6 +85,7 @@ cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
         paging_init(&vcpu.guest_hw, &vcpu.regs, &vcpu.model, DIALECT_SDM)
         # SVM reads PDPTEs from memory at each walk; VMX has them in registers.
         vcpu.guest_hw.pdpte_in_memory = vcpu.vm.mmu == MMU_NPT
+        vcpu.guest_hw.ad_first = vcpu.vm.host.ad_first
 
 
 cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
@@ -128,6 +129,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
 cdef inline void hw_root(Vcpu *vcpu) noexcept nogil:
     """Point the processor at the current root (``load_pgd``)."""
     cdef int i
+    vcpu.last_root = vcpu.root.page
     vcpu.hw.root = <uint64_t>vcpu.root.page << 12
     if page_at(vcpu.vm, vcpu.root.page).special:
         for i in range(4):

@@ -5,15 +5,23 @@ The only file that calls the vCPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
+from kvmmmu.conform.golden.configuration import Configuration
+from kvmmmu.conform.golden.exits import Exits
+from kvmmmu.conform.golden.pdptes import PdpteQuirks
+from kvmmmu.conform.golden.recorder import Recorder
 from kvmmmu.errors import ArgumentError, GuestFaultError
 from kvmmmu.outcome import Outcome, Path
 from kvmmmu.vcpu import Execution, VCpu
 
 __all__ = ["Done", "Processor", "mmio_bytes"]
+
+_GP = 13
+_CR4_PCIDE = 1 << 17
 
 _OPERATIONS: Final = MappingProxyType({"r": "load", "w": "store", "x": "fetch", "add": "add", "cas": "cmpxchg", "movs": "movs"})
 
@@ -44,6 +52,8 @@ class Done:
         Exits to user space, in order.
     by_processor : bool
         A guest fault was found by the processor itself, not by KVM.
+    emulated : bool
+        KVM made the access.
     """
 
     outcome: Outcome
@@ -55,6 +65,7 @@ class Done:
     exits: int = 0
     mmio: list[tuple[bool, int, int, int]] = field(default_factory=list)
     by_processor: bool = False
+    emulated: bool = False
 
 
 class Processor:
@@ -63,28 +74,38 @@ class Processor:
     Parameters
     ----------
     vcpu : VCpu
-    artefacts : frozenset of str
+    configuration : Configuration
+    recorder : Recorder
     """
 
-    def __init__(self, vcpu: VCpu, artefacts: frozenset[str]) -> None:
+    def __init__(self, vcpu: VCpu, configuration: Configuration, recorder: Recorder) -> None:
         self.vcpu = vcpu
-        self.artefacts = artefacts
-        self.shadow = vcpu.vm.mmu == "shadow"
+        self.artefacts = artefacts = configuration.artefacts
+        self.pcid = configuration.pcid
+        self.shadow = configuration.mmu == "shadow"
+        self.exits = Exits(configuration.amd, not self.shadow)
+        self.note = recorder.note
+        self.host = recorder.host
+        self._pdptes = PdpteQuirks(vcpu, recorder.host, artefacts)
         self._split_rmw = "rmw_reads_first" in artefacts
+        self._refetch = "empty_tlb" in artefacts
 
-    def fetch(self, rip: int) -> Done:
-        """Fetch an instruction's first byte."""
-        return self._done(self.vcpu.execute("fetch", rip, size=1, code_gva=rip))
+    def fetch(self, gva: int, rip: int) -> Done:
+        """Fetch a byte of the instruction at ``rip``."""
+        self._pdptes.walk(gva)
+        return self._done(self.vcpu.execute("fetch", gva, size=1, code_gva=rip))
 
-    def system(self, gva: int, size: int, rip: int, *, write: bool = False) -> Done:
+    def system(self, vector: int, gva: int, size: int, rip: int, *, write: bool = False) -> Done:
         """A supervisor's access to a system structure while an event is delivered."""
         kind = "store" if write else "load"
-        return self._done(self.vcpu.execute(kind, gva, size=size, cpl=0, code_gva=rip, vectoring=True))
+        self._pdptes.walk(gva)
+        return self._done(self.vcpu.execute(kind, gva, size=size, cpl=0, code_gva=rip, vectoring=vector))
 
     def memory(
         self, kind: str, gva: int, size: int, rip: int, length: int, *, value: int = 0, old: int = 0, src: int = 0
     ) -> Done:
         """A load (``r``), store (``w``), ``add``, ``cas`` or ``movs`` that stands at ``rip``."""
+        self._pdptes.walk(gva, src if kind == "movs" else gva)
         return self._done(
             self.vcpu.execute(
                 _OPERATIONS[kind],
@@ -96,6 +117,7 @@ class Processor:
                 code_gva=rip,
                 code_size=length,
                 split_rmw=self._split_rmw,
+                refetch=self._refetch,
                 mmio_read=mmio_bytes,
             )
         )
@@ -112,32 +134,98 @@ class Processor:
             result.exits,
             [(exit.write, exit.gpa, exit.size, exit.data) for exit in execution.mmio],
             not self.shadow and result.path != Path.EMULATED,
+            result.path == Path.EMULATED,
         )
+
+    def inject(self, vector: int, error_code: int | None = None) -> None:
+        """KVM injects an exception."""
+        self.vcpu.inject(vector, error_code)
 
     # -- registers
 
     def set_sregs(self, **registers: int) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
-        self.vcpu.set_sregs(**registers)
+        with self._pdptes.unseen():
+            self.vcpu.set_sregs(**registers)
 
     def mode(self, cpl: int, ac: bool) -> None:
         """The privilege level and RFLAGS.AC from now on."""
         self.vcpu.set_mode(cpl, ac)
 
-    def invlpg(self, gva: int, rip: int) -> int:
-        """INVLPG; VM exits it cost."""
+    def invlpg(self, gva: int, rip: int, length: int) -> Done:
+        """INVLPG."""
+        if not self.shadow:
+            self.vcpu.invlpg(gva)
+            return Done(Outcome.OK)
+        self.note(self.exits.invlpg_line(rip, gva))
+        if self.exits.emulated("invlpg"):
+            done = self._software_fetch(rip, length)
+            if done.outcome != Outcome.OK:
+                return done
         self.vcpu.invlpg(gva)
-        return int(self.shadow)
+        return Done(Outcome.OK, exits=1)
 
-    def load_register(self, register: str, value: int, rip: int) -> Done:
+    def load_register(self, name: str, value: int, rip: int, length: int) -> Done:
         """MOV to a control register, or WRMSR to EFER."""
-        load = {"cr0": self.vcpu.mov_cr0, "cr3": self.vcpu.load_cr3, "cr4": self.vcpu.mov_cr4}.get(
-            register, self.vcpu.write_efer
-        )
-        # With the second dimension in hardware MOV CR3 is the guest's own business.
-        exits = int(register != "cr3" or self.shadow)
+        registers = self.vcpu.regs
+        exits = self.exits.register(name, getattr(registers, name), value)
+        if exits:
+            self.note(self.exits.register_line(name, rip, registers.cr0))
+            if self.exits.emulated(name):
+                done = self._software_fetch(rip, length)
+                if done.outcome != Outcome.OK:
+                    return done
+            if name != "efer":
+                self.note(self.exits.value_line(name, value, False))
+        refused = not self._load(name, value)
+        if exits and name == "efer":
+            self.note(self.exits.value_line(name, value, refused))
+        if refused:
+            if exits:
+                self.vcpu.inject(_GP, 0)
+            return Done(Outcome.GP, exits=int(exits))
+        if exits and self.exits.skipped(name):
+            done = self._software_fetch(rip, length)
+            if done.outcome != Outcome.OK:
+                return done
+        return Done(Outcome.OK, exits=int(exits))
+
+    def _load(self, name: str, value: int) -> bool:
+        """False: #GP."""
+        if name == "cr4" and value & _CR4_PCIDE and not self.pcid:
+            return False
+        if name == "cr3":
+            with self._pdptes.stale(value):
+                return self._try(self.vcpu.load_cr3, value)
+        load = {"cr0": self.vcpu.mov_cr0, "cr4": self.vcpu.mov_cr4}
+        with self._pdptes.accessed():
+            return self._try(load.get(name, self.vcpu.write_efer), value)
+
+    @staticmethod
+    def _try(load: Callable[[int], None], value: int) -> bool:
         try:
             load(value)
         except (GuestFaultError, ArgumentError):
-            return Done(Outcome.GP, exits=exits)
-        return Done(Outcome.OK, exits=exits)
+            return False
+        return True
+
+    def _software_fetch(self, rip: int, length: int) -> Done:
+        """KVM fetches an instruction that it then carries out."""
+        return self._done(self.vcpu.fetch_by_kvm(rip, length))
+
+    def out(self, rip: int, port: int) -> None:
+        """OUT ends the operation: user space takes over."""
+        self.note(self.exits.io_line(rip, port))
+
+    def halt(self, rip: int, length: int) -> None:
+        """HLT ends it too."""
+        self.note(self.exits.halt_line(rip))
+        if self.exits.skipped("hlt"):
+            self._software_fetch(rip, length)
+
+    def shutdown(self, rip: int) -> None:
+        """The processor triple-faults."""
+        self.note(self.exits.shutdown_line(rip))
+        if self.exits.amd:
+            # The VMCB is undefined after a shutdown, so KVM resets the vCPU.
+            self.vcpu.init()

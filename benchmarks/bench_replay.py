@@ -1,0 +1,82 @@
+"""Replay of the bundled recording in each mode, beside the guest's own tables walked in plain C."""
+
+import ctypes
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvmmmu
+from kvmmmu.conform.replay import MMUS, Memory, replay
+from kvmmmu.traces import Kind, open_trace
+
+_spec = importlib.util.spec_from_file_location("refs", Path(__file__).with_name("refs.py"))
+assert _spec is not None and _spec.loader is not None
+refs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(refs)
+
+SAMPLE = Path(kvmmmu.__file__).parent / "traces" / "data" / "linux-x86_64-4level-mmio.npz"
+ROUNDS = 5
+
+
+class Columns(ctypes.Structure):
+    _names = ("a", "b", "c", "kind", "size", "flags", "cpl")
+    _fields_ = [(name, ctypes.c_void_p) for name in _names]
+
+
+class Kinds(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint8) for name in ("mem", "fetch", "state", "memhi", "ptstore", "movcr", "store")
+    ]
+
+
+KINDS = Kinds(Kind.MEM, Kind.FETCH, Kind.STATE, Kind.MEMHI, Kind.PTSTORE, Kind.MOVCR, 1)
+
+
+def reference_seconds(library: ctypes.CDLL) -> float:
+    """CPU time of the whole recording in C, every address checked."""
+    trace = open_trace(SAMPLE)
+    memory = Memory(trace)
+    host = memory.bytes.ctypes.data
+    areas = refs.Memory.of(*((area.start_gpa, area.end_gpa, host + start) for area, start in memory.areas))
+    paging = refs.Paging.long_mode(0, 40)
+    library.ref_replay.restype = ctypes.c_size_t
+    seconds = 0.0
+    for chunk in trace.chunks():
+        columns = Columns(*(getattr(chunk, name).ctypes.data for name in Columns._names))
+        began = time.thread_time()
+        wrong = library.ref_replay(
+            *map(ctypes.byref, (paging, areas, columns, KINDS)), ctypes.c_size_t(len(chunk))
+        )
+        seconds += time.thread_time() - began
+        assert wrong == 0
+    return seconds
+
+
+@pytest.fixture(scope="module")
+def c_seconds(compile_c: Callable[[str], ctypes.CDLL]) -> Iterator[Callable[[], float]]:
+    library = compile_c("ref_replay.c")
+    yield lambda: reference_seconds(library)
+
+
+@pytest.mark.parametrize("mmu", MMUS)
+@pytest.mark.benchmark(group="replay of the bundled recording")
+def bench_replay(benchmark: Any, c_seconds: Callable[[], float], mmu: Any) -> None:
+    reports = []
+    reference = [c_seconds()]
+
+    def work() -> None:
+        reports.append(replay(open_trace(SAMPLE), mmu=mmu))
+
+    # Times around the whole, unpacking included; the figures of interest are those inside the model.
+    benchmark.pedantic(work, rounds=ROUNDS if benchmark.enabled else 1)
+    if benchmark.enabled:
+        reference += [c_seconds() for _ in range(ROUNDS - 1)]
+    assert all(report.ok for report in reports)
+    best = min(report.seconds for report in reports)
+    benchmark.extra_info["items"] = reports[0].events
+    benchmark.extra_info["items_per_second"] = round(reports[0].events / best)
+    benchmark.extra_info["time_over_c"] = round(best / min(reference), 3)
