@@ -713,7 +713,7 @@ from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
 from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
-from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
+from kvmmmu.engine.reserve cimport arena_discard, vm_memory_free, vm_memory_init
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
 from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_reset, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
@@ -891,6 +891,7 @@ cdef class VmCore(VmHandle):
         slots_lock(self.vm)
         vm_slots_free(self.vm)
         slots_unlock(self.vm)
+        arena_discard(&self.vm.arena)
         self.exports.clear()
 
     @property
