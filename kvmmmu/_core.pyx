@@ -573,6 +573,8 @@ def record_layouts():
     cdef WalkAnswer a
     cdef Translation t
     cdef Access x
+    cdef ShadowPage sp
+    cdef PteDesc d
     case = [(n, f"u{s}", o) for n, s, o in (
         ("cr0", 8, <size_t>&c.cr0 - <size_t>&c), ("cr3", 8, <size_t>&c.cr3 - <size_t>&c),
         ("cr4", 8, <size_t>&c.cr4 - <size_t>&c), ("efer", 8, <size_t>&c.efer - <size_t>&c),
@@ -597,6 +599,23 @@ def record_layouts():
         ("page_shift", 1, <size_t>&t.page_shift - <size_t>&t), ("access", 1, <size_t>&t.access - <size_t>&t),
         ("level", 1, <size_t>&t.level - <size_t>&t),
     )]
+    page = [(n, f, o) for n, f, o in (
+        ("gfn", "u8", <size_t>&sp.gfn - <size_t>&sp), ("parents", "u8", <size_t>&sp.parents - <size_t>&sp),
+        ("role", "u4", <size_t>&sp.role - <size_t>&sp), ("root_count", "i4", <size_t>&sp.root_count - <size_t>&sp),
+        ("hash_next", "i4", <size_t>&sp.hash_next - <size_t>&sp),
+        ("hash_prev", "i4", <size_t>&sp.hash_prev - <size_t>&sp),
+        ("list_next", "i4", <size_t>&sp.list_next - <size_t>&sp),
+        ("list_prev", "i4", <size_t>&sp.list_prev - <size_t>&sp),
+        ("unsync_children", "u2", <size_t>&sp.unsync_children - <size_t>&sp),
+        ("unsync", "u1", <size_t>&sp.unsync - <size_t>&sp), ("valid_gen", "u1", <size_t>&sp.valid_gen - <size_t>&sp),
+        ("flooding", "u4", <size_t>&sp.flooding - <size_t>&sp), ("tdp", "u1", <size_t>&sp.tdp - <size_t>&sp),
+        ("nx_disallowed", "u1", <size_t>&sp.nx_disallowed - <size_t>&sp),
+        ("on_list", "u1", <size_t>&sp.on_list - <size_t>&sp), ("special", "u1", <size_t>&sp.special - <size_t>&sp),
+    )]
+    desc = [(n, f, o) for n, f, o in (
+        ("sptes", "(14,)u8", <size_t>&d.sptes - <size_t>&d), ("more", "u4", <size_t>&d.more - <size_t>&d),
+        ("count", "u4", <size_t>&d.count - <size_t>&d),
+    )]
     access = [(n, f, o) for n, f, o in (
         ("gpa", "u8", <size_t>&x.gpa - <size_t>&x), ("error_code", "u8", <size_t>&x.error_code - <size_t>&x),
         ("fault_gva", "u8", <size_t>&x.fault_gva - <size_t>&x),
@@ -610,6 +629,7 @@ def record_layouts():
         "access": (access, sizeof(Access)),
         "case": (case, sizeof(WalkCase)), "answer": (answer, sizeof(WalkAnswer)),
         "translation": (translation, sizeof(Translation)),
+        "page": (page, sizeof(ShadowPage)), "desc": (desc, sizeof(PteDesc)),
     }
 
 
@@ -682,20 +702,21 @@ from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
-from kvmmmu.engine.events cimport event_emit, events_copy
+from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
-from kvmmmu.engine.insn cimport insn_continue, insn_execute
+from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn, slots_generation, vm_slots
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
-from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
-from kvmmmu.engine.roles cimport roles_refresh
-from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.moves cimport vcpu_move_to_cr
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_reset, vm_teardown
+from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
@@ -808,7 +829,8 @@ cdef class VmCore(VmHandle):
         self.next_token = 1
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
-         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57) = host
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
+         vm.host.ad_first) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
         vm.switches.nx_huge_pages = nx_huge_pages
@@ -1098,6 +1120,25 @@ cdef class VmCore(VmHandle):
         """0 or 1; flips whenever all shadow pages are made obsolete at once."""
         return self.vm.valid_gen
 
+    # -- everything at once
+
+    def snapshot(self):
+        """The whole state as a stream of words, a copy; ``kvmmmu.check.Snapshot`` reads it."""
+        cdef uint64_t room = 0
+        cdef uint64_t n
+        cdef uint64_t address
+        self.check_open()
+        self.check_idle("a snapshot")
+        while True:
+            # Twice: nothing may be allocated while the locks are held.
+            n = vm_snapshot(self.vm, NULL, 0)
+            out = np.empty(n, np.uint64)
+            address = out.ctypes.data
+            room = n
+            n = vm_snapshot(self.vm, <uint64_t *>address, room)
+            if n == room:
+                return out
+
     # -- counters
 
     def vm_stats(self):
@@ -1288,7 +1329,7 @@ cdef class VcpuCore(VcpuHandle):
             free(line)
             raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
         vcpu.id = vm.n_vcpus
-        roles_refresh(vcpu)
+        vcpu_reset(vcpu)
         vm.vcpus[vcpu.id] = vcpu
         vm.lines[vcpu.id] = line
         vm.n_vcpus += 1
@@ -1351,14 +1392,7 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(value, "value")
         cdef int result
         self.claim()
-        if n == 0:
-            result = mov_cr0(self.vcpu, word)
-        elif n == 3:
-            result = load_cr3(self.vcpu, word)
-        elif n == 4:
-            result = mov_cr4(self.vcpu, word)
-        else:
-            result = write_efer(self.vcpu, word)
+        result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
         self.release()
         return result == REG_OK
 
@@ -1378,6 +1412,12 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(gva, "gva")
         self.claim()
         vcpu_invlpg(self.vcpu, word)
+        self.release()
+
+    def init(self):
+        """INIT the vCPU: paging off, every root dropped (what KVM on AMD does when the guest shut down)."""
+        self.claim()
+        vcpu_init(self.vcpu)
         self.release()
 
     def sync_roots(self):
@@ -1463,7 +1503,7 @@ cdef class VcpuCore(VcpuHandle):
         return result, <bytes>buffer[:n]
 
     def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
-                 bint vectoring, mmio_read):
+                 bint refetch, int vectoring, mmio_read):
         """One instruction to its end: (AccessResult, suberror, MMIO exits, result).
 
         ``mmio_read(gpa, size)`` returns the bytes a device gives; exits are (is write, gpa, size, data).
@@ -1483,10 +1523,11 @@ cdef class VcpuCore(VcpuHandle):
         insn.code_gva = as_word(code_gva, "code_gva")
         insn.code_size = <uint8_t>code_size
         insn.split_rmw = split_rmw
+        insn.refetch = refetch
         self.claim()
         try:
             self.vcpu.cpl = <uint8_t>cpl
-            self.vcpu.vectoring = vectoring
+            self.vcpu.vectoring = <uint8_t>vectoring
             insn_execute(self.vcpu, &insn, &result.a)
             while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
                 for i in range(result.a.n_mmio):
@@ -1505,6 +1546,22 @@ cdef class VcpuCore(VcpuHandle):
     def mmio_offsets(self, AccessResult result not None):
         """Where in the access each piece of ``result.mmio`` stands."""
         return [result.a.mmio_offset[i] for i in range(result.a.n_mmio)]
+
+    def fetch_software(self, code_gva, int code_size):
+        """KVM's own fetch and decode of an instruction that it carries out or steps over: (AccessResult, suberror)."""
+        cdef AccessResult result = AccessResult.__new__(AccessResult)
+        cdef Insn insn
+        memset(&insn, 0, sizeof(insn))
+        insn.code_gva = as_word(code_gva, "code_gva")
+        insn.code_size = <uint8_t>code_size
+        self.claim()
+        insn_fetch(self.vcpu, &insn, &result.a)
+        self.release()
+        return result, result.a.suberror
+
+    def trace_injection(self, int vector, bint has_error, error_code):
+        """Trace that KVM injects an exception."""
+        ev_inj_exception(self.owner.vm, self.vcpu.id, vector, has_error, as_word(error_code, "error_code"), False)
 
     def access_into(self, gvas, kinds, out, int cpl, int size):
         """A column of accesses, in order, into a column of records; ``kinds`` is a column or None for reads."""
@@ -1616,10 +1673,10 @@ TREE_PAGE_DTYPE = np.dtype(
 assert TREE_PAGE_DTYPE.itemsize == sizeof(TreePage)
 
 
-def tree_copy_of(VcpuCore core not None, bint everything):
+def tree_copy_of(VcpuCore core not None, bint everything, int previous):
     """Pages under the vCPU's root (all there are: ``everything``): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
 
-    The first page is the root; there is none before the first entry.
+    The first page is the root (``previous`` 0 to 2: that previous root); there is none before the first entry.
     """
     cdef Vm *vm = core.owner.vm
     cdef int32_t *ids = NULL
@@ -1638,7 +1695,7 @@ def tree_copy_of(VcpuCore core not None, bint everything):
         seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
         ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
         if seen != NULL and ids != NULL:
-            n = tree_list(core.vcpu, everything, seen, ids)
+            n = tree_list(core.vcpu, everything, previous, seen, ids)
             if n <= room:
                 tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
         mmu_write_unlock(vm)

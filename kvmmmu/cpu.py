@@ -128,6 +128,9 @@ class HostCpu:
     vendor : {"intel", "amd"}
     la57 : bool
         Five-level tables.
+    ad_first : bool
+        Under EPT and NPT the guest's accessed and dirty bits are set before the address itself is translated, so
+        that they stay set when that faults; manuals leave the order open.
 
     Raises
     ------
@@ -148,6 +151,7 @@ class HostCpu:
     ept_2m: bool = True
     vendor: str = "intel"
     la57: bool = False
+    ad_first: bool = False
 
     def __post_init__(self) -> None:
         _check_bits("HostCpu", "maxphyaddr", self.maxphyaddr, 36, 52)

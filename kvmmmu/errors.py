@@ -5,15 +5,20 @@ Every one leaves the state as it was.  ``KvmmmuError`` catches them all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 __all__ = [
     "ArenaFullError",
     "ArgumentError",
     "FormatError",
     "GuestFaultError",
+    "InvariantError",
     "KvmmmuError",
     "MemslotError",
     "MmioUnhandledError",
     "VCpuBusyError",
+    "Violation",
     "VmBusyError",
     "VmClosedError",
 ]
@@ -71,3 +76,43 @@ class VmBusyError(KvmmmuError, RuntimeError):
 
 class VmClosedError(KvmmmuError, RuntimeError):
     """The VM was closed; nothing of it can be used."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One invariant that does not hold.
+
+    Attributes
+    ----------
+    invariant : str
+        Its name.
+    where : str
+        The page, spte, counter or list.
+    found : str
+        What stands there and what was expected.
+    hole : str
+        When KVM itself gets there: the rule that leads to it.  Empty for what must never be.
+    """
+
+    invariant: str
+    where: str
+    found: str
+    hole: str = ""
+
+    def __str__(self) -> str:
+        known = f" (a hole of KVM's: {self.hole})" if self.hole else ""
+        return f"{self.invariant}: {self.where} {self.found}{known}"
+
+
+_SHOWN = 10
+
+
+class InvariantError(KvmmmuError, AssertionError):
+    """The machine's own state is not consistent; ``violations`` lists where."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        lines = [str(violation) for violation in self.violations[:_SHOWN]]
+        if len(self.violations) > _SHOWN:
+            lines.append(f"and {len(self.violations) - _SHOWN} more")
+        super().__init__(f"{len(self.violations)} invariants violated\n  " + "\n  ".join(lines))

@@ -34,6 +34,7 @@ _EXCEPTIONS: Final = MappingProxyType(
     | {12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC"}
 )
 _ISA_VMX: Final = 1
+_INTR_VALID: Final = 1 << 31
 # Exit reasons: SDM vol. 3D appendix C; APM vol. 2 appendix C.
 _EXITS: Final = (
     MappingProxyType({0x40 + vector: f"{name[1:]} excp" for vector, name in _EXCEPTIONS.items()})
@@ -330,9 +331,12 @@ class _Renderer:
     kvm_test_age_hva = kvm_set_spte_hva
     kvm_age_hva = kvm_unmap_hva_range
 
-    def kvm_exit(self, _vcpu: int, isa: int, reason: int, rip: int, info1: int, info2: int, *_: int) -> str:
+    def kvm_exit(
+        self, _vcpu: int, isa: int, reason: int, rip: int, info1: int, info2: int, intr: int, err: int
+    ) -> str:
         name = _EXITS[isa == _ISA_VMX].get(reason, f"{reason:#x}")
-        return f"{name} rip {rip:x} info1 {info1:x} info2 {info2:x}"
+        event = f" intr {intr | _INTR_VALID:x} err {err:x}" if intr else ""
+        return f"{name} rip {rip:x} info1 {info1:x} info2 {info2:x}{event}"
 
     def kvm_cr(self, _vcpu: int, write: int, cr: int, value: int, *_: int) -> str:
         return f"cr_{'write' if write else 'read'} {cr:x} = {value:#x}"

@@ -109,8 +109,8 @@ class PageTables:
     sptes : ndarray of uint64, shape (n, 512)
     """
 
-    def __init__(self, vcpu: VCpu, everything: bool) -> None:
-        self.records, self.sptes = tree_copy_of(vcpu, everything)
+    def __init__(self, vcpu: VCpu, everything: bool, previous: int | None = None) -> None:
+        self.records, self.sptes = tree_copy_of(vcpu, everything, -1 if previous is None else previous)
         self.records.flags.writeable = False
         self.sptes.flags.writeable = False
         vm = vcpu.vm

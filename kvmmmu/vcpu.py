@@ -379,7 +379,8 @@ class VCpu(VcpuCore):
         code_size: int = 0,
         cpl: SupportsIndex | None = None,
         split_rmw: bool = False,
-        vectoring: bool = False,
+        refetch: bool = False,
+        vectoring: int | None = None,
         mmio_read: Callable[[int, int], bytes] | None = None,
     ) -> Execution:
         """Run one instruction with its memory operands, KVM's emulator included.
@@ -405,8 +406,10 @@ class VCpu(VcpuCore):
             The vCPU's own by default.
         split_rmw : bool
             The processor reports a faulting ``add`` or ``cmpxchg`` as a read first (some emulators do).
-        vectoring : bool
-            The access belongs to the delivery of an exception.
+        refetch : bool
+            The processor keeps no translation over a VM exit: it fetches the instruction anew after each.
+        vectoring : int, optional
+            The access belongs to the delivery of this exception; 8 is a double fault, beyond which there is none.
         mmio_read : callable, optional
             ``mmio_read(gpa, size)`` answers MMIO reads; by default the devices of ``vm.mmio`` do, and where
             there is none all bytes are ones.
@@ -440,10 +443,33 @@ class VCpu(VcpuCore):
             index_in("code_size", code_size, 0, 15),
             self._cpl(cpl),
             split_rmw,
-            vectoring,
+            refetch,
+            0 if vectoring is None else index_in("vectoring", vectoring, 1, 31),
             device if mmio_read is None else mmio_read,
         )
         return Execution(result, suberror, tuple(MmioExit(*e) for e in exits), value_out)
+
+    def fetch_by_kvm(self, code_gva: SupportsIndex, code_size: SupportsIndex) -> Execution:
+        """Let KVM fetch and decode an instruction that it carries out itself or steps over.
+
+        Parameters
+        ----------
+        code_gva, code_size : int
+            Where it stands, and its length, 1 to 15 bytes.
+
+        Returns
+        -------
+        Execution
+            ``Outcome.OK``, the fault of the fetch, or an internal error where no memory is.
+        """
+        size = index_in("code_size", code_size, 1, 15)
+        result, suberror = self.fetch_software(index_u64("code_gva", code_gva), size)
+        return Execution(result, suberror, (), 0)
+
+    def inject(self, vector: SupportsIndex, error_code: SupportsIndex | None = None) -> None:
+        """Trace that KVM injects an exception (what the guest then does is its own business)."""
+        code = 0 if error_code is None else index_u64("error_code", error_code)
+        self.trace_injection(index_in("vector", vector, 0, 31), error_code is not None, code)
 
     # -- recorded runs
 

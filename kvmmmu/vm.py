@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvmmmu._arguments import column_u64, index_in
 from kvmmmu._core import VmCore
 from kvmmmu.behaviour import MMIO_SCHEMES, Behaviour, MmioScheme
+from kvmmmu.check import check_vm
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError, MemslotError
 from kvmmmu.events import Events
@@ -146,7 +147,9 @@ class VM:
         self._vcpus.append(vcpu)
         return vcpu
 
-    def page_tables(self, vcpu: VCpu | None = None, *, all: bool = False) -> PageTables:
+    def page_tables(
+        self, vcpu: VCpu | None = None, *, all: bool = False, previous: int | None = None
+    ) -> PageTables:
         """Copy the tables KVM built for a vCPU.
 
         Parameters
@@ -155,6 +158,8 @@ class VM:
             The only one by default.
         all : bool
             Previous roots too, and pages that no root reaches.
+        previous : int, optional
+            Begin at the previous root 0, 1 or 2 (the latest first) instead of the current one.
 
         Returns
         -------
@@ -174,7 +179,9 @@ class VM:
             vcpu = self._vcpus[0]
         if vcpu.vm is not self:
             raise ArgumentError("vcpu belongs to another VM")
-        return PageTables(vcpu, bool(all))
+        if previous is not None:
+            previous = index_in("previous", previous, 0, 2)
+        return PageTables(vcpu, bool(all), previous)
 
     # -- shadow pages, dirty log, host pages
 
@@ -280,6 +287,30 @@ class VM:
         """
         self._core.host_store(gpa, bytes(data), index_in("as_id", as_id, 0, 1))
 
+    def check(self, *, holes: bool = False) -> None:
+        """Check every invariant of the shadow pages, roots, slots and counters on a copy of the state.
+
+        Parameters
+        ----------
+        holes : bool
+            Report also what KVM's own rules lead to, such as an mmio spte that a sync renews although a slot
+            stands there by now.
+
+        Raises
+        ------
+        InvariantError
+            Something is not consistent; ``violations`` lists each invariant, page and expectation.
+        VmBusyError
+            A vCPU is running.
+        VmClosedError
+            The VM was closed.
+
+        Notes
+        -----
+        Takes time and memory in proportion to the shadow pages ever used at once and to the slots.
+        """
+        check_vm(self._core, holes=holes)
+
     def close(self) -> None:
         """Let go of every slot and every buffer; counters and events can still be read.
 
@@ -319,4 +350,5 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ept_2m,
         host.vendor == "amd",
         host.la57,
+        host.ad_first,
     )

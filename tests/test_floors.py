@@ -1,6 +1,7 @@
 """The house rules that a machine can check: floors, directive lines, sizes, literals."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -16,8 +17,9 @@ DIRECTIVES = (
 # Inside engine/ a file cimports only those before it.  The one list; add a new room where the truth asks for it.
 ENGINE_ORDER = (
     "answers state atomics claim memory codec events drain memmap reserve memslots slotsets hostmem locks walk "
-    "quick translate cases hostpages pfns pages rmap tlb lookup guest sptes track zap leaf prefetch sync shadow "
-    "roles tdp mmiocache roots fault notifier dirty region write registers emulate vcpu insn replay embed"
+    "quick translate cases snapshot hostpages pfns pages rmap tlb lookup guest sptes track zap leaf prefetch sync "
+    "shadow roles tdp trees mmiocache roots fault notifier dirty region write registers emulate vcpu moves insn "
+    "replay embed"
 ).split()
 
 # From the ground up; a floor imports only from itself and the floors below.
@@ -30,10 +32,11 @@ FLOORS: list[tuple[str, set[str]]] = [
         {
             *("_arguments", "behaviour", "constants", "cpu", "events", "memslots", "mmio", "paging", "records"),
             # What face objects hand out or print themselves with.
-            *("explain", "sptes", "stats", "vcpu", "vm", "walks"),
+            # ``check`` looks at a copy of the state, which is why it may stand below the VM that offers it.
+            *("check", "explain", "sptes", "stats", "vcpu", "vm", "walks"),
         },
     ),
-    ("eyes and readers", {"check", "dumps", "traces", "trees"}),
+    ("eyes and readers", {"dumps", "traces", "trees"}),
     ("conform", {"conform"}),
     ("analysis", {"analysis"}),
     ("adapters", {"adapters"}),
@@ -121,6 +124,29 @@ def upward_imports(path: Path) -> list[str]:
     return wrong
 
 
+def possible_order() -> list[str]:
+    """The present order with new rooms put where their cimports allow; raises CycleError where nothing can."""
+    needs = {}
+    for path in (PACKAGE / "engine").glob("*.pxd"):
+        targets = [target.split(".") for _, target in cython_imports(path.read_text())]
+        needs[path.stem] = {parts[2] for parts in targets if parts[:2] == ["kvmmmu", "engine"]} - {path.stem}
+    del needs["__init__"]
+    sorter = graphlib.TopologicalSorter(needs)
+    sorter.prepare()
+    order: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready += sorter.get_ready()
+        ready.sort(key=lambda room: ENGINE_ORDER.index(room) if room in ENGINE_ORDER else -1)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order
+
+
+def test_the_cimports_of_the_engine_have_an_order() -> None:
+    assert set(possible_order()) >= {"state", "walk", "replay"}
+
+
 @pytest.mark.parametrize("path", CYTHON + PYTHON, ids=ids)
 def test_a_floor_imports_only_from_floors_below(path: Path) -> None:
     assert upward_imports(path) == []
@@ -128,7 +154,7 @@ def test_a_floor_imports_only_from_floors_below(path: Path) -> None:
 
 def test_every_engine_room_has_its_place_in_the_order() -> None:
     rooms = {path.stem for path in (PACKAGE / "engine").glob("*.pxd")} - {"__init__"}
-    assert rooms <= set(ENGINE_ORDER)
+    assert rooms <= set(ENGINE_ORDER), f"an order that the cimports allow: {' '.join(possible_order())}"
 
 
 def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
-from kvmmmu.engine.events cimport ev_inj_exception, ev_match_mmio
+from kvmmmu.engine.events cimport MMIO_WRITE, ev_inj_exception, ev_match_mmio, ev_mmio
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
@@ -15,7 +15,7 @@ from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.roles cimport is_paging, tdp_enabled
 from kvmmmu.engine.roots cimport invlpg_root
 from kvmmmu.engine.state cimport (
-    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
+    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, OUTCOME_SHUTDOWN, SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
     VSTAT_INSN_EMULATION_FAIL, VSTAT_MMIO_EXITS, VSTAT_PF_GUEST, Vcpu,
 )
 from kvmmmu.engine.write cimport track_write
@@ -24,6 +24,10 @@ cdef enum:
     PIECE_MEMORY = 0
     PIECE_MMIO = 1
     PIECE_FAULT = 2
+
+cdef enum:
+    DF_VECTOR = 8
+    PF_VECTOR = 14
 
 
 cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexcept nogil:
@@ -43,7 +47,13 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
     if code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT:
         invlpg_root(vcpu, vcpu.root.page, gva)
     vcpu.stats[<int>VSTAT_PF_GUEST] += 1
-    ev_inj_exception(vcpu.vm, vcpu.id, 14, True, code, False)
+    # A page fault while one is delivered is a double fault, and beyond that the guest is shut down.
+    if vcpu.vectoring == DF_VECTOR:
+        out.outcome = OUTCOME_SHUTDOWN
+    elif vcpu.vectoring == PF_VECTOR:
+        ev_inj_exception(vcpu.vm, vcpu.id, DF_VECTOR, True, 0, False)
+    else:
+        ev_inj_exception(vcpu.vm, vcpu.id, PF_VECTOR, True, code, False)
 
 
 cdef inline int piece_gpa(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t known_gpa, uint64_t *gpa) noexcept nogil:
@@ -99,7 +109,7 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
     a later piece faults, so a fault in the second page hides the first.
     """
     cdef int done = 0, now, kind
-    cdef uint64_t gpa = 0, here
+    cdef uint64_t gpa = 0, value = 0, here
     out.n_mmio = 0
     while done < size:
         here = (gva + <uint64_t>done) & vcpu.guest.va_mask
@@ -118,6 +128,10 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
             out.mmio_size[out.n_mmio] = <uint8_t>now
             out.mmio_offset[out.n_mmio] = <uint8_t>done
             out.n_mmio += 1
+            if access & PFERR_WRITE and data != NULL:
+                # Traced as it is queued, even if a later piece faults and nothing leaves.
+                memcpy(&value, data + done, now)
+                ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, now, gpa, value & (ALL_ONES >> (64 - 8 * now)))
         done += now
     if out.n_mmio:
         out.outcome = OUTCOME_MMIO
@@ -132,7 +146,11 @@ cdef inline void emulate_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int s
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     out.outcome = OUTCOME_OK
     if access & PFERR_FETCH:
-        # There is no instruction to decode where no memory is.
+        # KVM reads the instruction by the guest's tables: it may find that the guest faults, a table of its own
+        # being what no memory holds.  Else there is nothing to decode where no memory is.
+        if not guest_walk(vcpu, &vcpu.walk, gva, access):
+            inject_guest_fault(vcpu, gva, out)
+            return
         vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
         out.outcome = OUTCOME_INTERNAL_ERROR
         out.suberror = SUBERROR_EMULATION

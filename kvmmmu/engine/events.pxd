@@ -190,8 +190,8 @@ cdef inline void ev_emulate_insn(Vm *vm, uint32_t vcpu_id, uint64_t csbase, uint
     event_emit(vm, vcpu_id, EV_KVM_EMULATE_INSN, csbase, rip, low, high, length, mode_bits, failed)
 
 cdef inline void ev_exit(Vm *vm, uint32_t vcpu_id, uint32_t isa, uint64_t reason, uint64_t rip, uint64_t info1,
-                         uint64_t info2) noexcept nogil:
-    event_emit(vm, vcpu_id, EV_KVM_EXIT, isa, reason, rip, info1, info2, 0, 0)
+                         uint64_t info2, uint32_t intr, uint32_t err) noexcept nogil:
+    event_emit(vm, vcpu_id, EV_KVM_EXIT, isa, reason, rip, info1, info2, intr, err)
 
 cdef inline void ev_cr(Vm *vm, uint32_t vcpu_id, bint write, int cr, uint64_t value) noexcept nogil:
     event_emit(vm, vcpu_id, EV_KVM_CR, write, cr, value, 0, 0, 0, 0)

@@ -125,10 +125,10 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
         if spte_acc_tracked(&vm.masks, spte):
             new_ = acc_track_restore(&vm.masks, new_)
         if f.write and spte_mmu_writable(&vm.masks, spte):
-            new_ |= PT_WRITABLE_MASK
             # A huge page of a logged slot must be split first, or the log would miss its pages.
             if level > LEVEL_4K and f.slot != NULL and f.slot.flags & MEM_LOG_DIRTY_PAGES:
                 break
+            new_ |= PT_WRITABLE_MASK
         if new_ == spte or not spte_permits(&vm.masks, new_, f.write, f.fetch):
             break
         if cmpxchg_u64(sptep, spte, new_):
@@ -206,10 +206,9 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.max_level = host_max_level(vm) if vm.mmu else <int>LEVEL_2M
     if fault_write_tracked(f):
         return RET_PF_EMULATE
-    if vm.mmu:
-        ret = fast_page_fault(vcpu, f)
-        if ret != RET_PF_INVALID:
-            return ret
+    ret = fast_page_fault(vcpu, f)
+    if ret != RET_PF_INVALID:
+        return ret
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
         return ret
@@ -252,7 +251,8 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     cdef Vm *vm = vcpu.vm
     cdef Walk *w = &vcpu.walk
     cdef int ret
-    if not guest_walk(vcpu, w, f.addr, f.error_code & (PFERR_WRITE | PFERR_USER | PFERR_FETCH)):
+    # The reserved bit was the shadow table's, not the guest's.
+    if not guest_walk(vcpu, w, f.addr, f.error_code & ~PFERR_RSVD):
         return FAULT_INJECT
     f.gfn = w.gpa >> 12
     f.slot = vcpu_slot(vcpu, f.gfn)

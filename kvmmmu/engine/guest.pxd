@@ -112,11 +112,16 @@ cdef inline int guest_walk_format(int fmt, Vcpu *vcpu, const Paging *p, Walk *w,
 
 
 cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) noexcept nogil:
-    """Translate for KVM.  False: ``w`` holds the #PF to inject."""
+    """Translate for KVM.  False: ``w`` holds the #PF to inject.
+
+    ``access`` may be a fault's whole error code: the tracepoint shows it so, the walk takes W, U and F.
+    """
     cdef const Paging *p = &vcpu.guest
     cdef bint ok
     vcpu.stats[<int>VSTAT_GUEST_WALK] += 1
-    ev_pagetable_walk(vcpu.vm, vcpu.id, gva, access)
+    if p.format != FMT_NONE:
+        ev_pagetable_walk(vcpu.vm, vcpu.id, gva, access)
+    access &= PFERR_WRITE | PFERR_USER | PFERR_FETCH
     if p.format == FMT_64:
         ok = guest_walk_format(FMT_64, vcpu, p, w, gva, access)
     elif p.format == FMT_PAE:

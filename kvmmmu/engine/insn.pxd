@@ -11,7 +11,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_NONE
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64
 from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulate_transfer, inject_guest_fault
-from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, MMIO_WRITE, ev_emulate_insn, ev_mmio
+from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, ev_emulate_insn, ev_mmio
 from kvmmmu.engine.guest cimport guest_host, guest_walk
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.hostpages cimport host_write
@@ -129,6 +129,12 @@ cdef inline void exits_add(Insn *insn, const Access *out, uint64_t data, bint wr
         insn.n_exits += 1
 
 
+cdef inline int last_piece(uint64_t gva, int size) noexcept nogil:
+    """Bytes of an operand in the last page it touches: what the event about a pending read shows."""
+    cdef int first = 4096 - <int>(gva & 4095)
+    return size - first if first < size else size
+
+
 cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t known_gpa, uint64_t *memory,
                              Access *out) noexcept nogil:
     """Read an operand; a completed MMIO read is taken as it came back."""
@@ -146,21 +152,16 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, insn.size, insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, last_piece(gva, insn.size), insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT
 
 
 cdef inline int emulate_write(Vcpu *vcpu, Insn *insn, uint64_t data, uint64_t known_gpa, Access *out) noexcept nogil:
-    cdef int i, kind
-    cdef uint64_t piece
-    kind = emulate_transfer(vcpu, insn.gva, user_bit(vcpu) | PFERR_WRITE, insn.size, <uint8_t *>&data, known_gpa, out)
-    if kind == PIECE_FAULT:
+    if emulate_transfer(vcpu, insn.gva, user_bit(vcpu) | PFERR_WRITE, insn.size, <uint8_t *>&data, known_gpa,
+                        out) == PIECE_FAULT:
         return STEP_FAULT
-    for i in range(out.n_mmio):
-        piece = (data >> (8 * out.mmio_offset[i])) & (ALL_ONES >> (64 - 8 * out.mmio_size[i]))
-        ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, out.mmio_size[i], out.mmio_gpa[i], piece)
     exits_add(insn, out, data, True)
     return STEP_DONE
 
@@ -235,7 +236,10 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     cdef uint8_t *host
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
+    # An event that was being delivered is forgotten once an instruction is emulated.
+    vcpu.vectoring = 0
     if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
         inject_guest_fault(vcpu, vcpu.rip, out)
         return False
     host = guest_host(vcpu, vcpu.walk.gpa)
@@ -248,6 +252,16 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     out.outcome = OUTCOME_INTERNAL_ERROR
     out.suberror = SUBERROR_EMULATION
     return False
+
+
+cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
+    """The fetch alone, of an instruction without memory operands."""
+    access_begin(out, insn.code_size)
+    vcpu.rip = insn.code_gva
+    vcpu.retry_rip = 0
+    vcpu.retry_address = 0
+    out.path = PATH_EMULATED
+    decode(vcpu, insn, out)
 
 
 cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, bint allowed) noexcept nogil:
@@ -283,7 +297,8 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     """
     cdef int fault, result
     cdef uint64_t here = 0, known = ALL_ONES, address
-    cdef bint cached, fast
+    cdef bint cached
+    cdef Operand code
     access_begin(out, insn.size)
     insn.n_exits = 0
     insn.wants_data = 0
@@ -293,9 +308,14 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     while True:
         if enter_ends(vcpu, out):
             return
-        fault = hardware_insn(vcpu, insn, &here, out)
+        fault = FAULT_NONE
+        if insn.refetch and out.exits:
+            # Its translation is not cached any more: the processor fetches the instruction again.
+            fault = operand_translate(vcpu, insn.code_gva, user_bit(vcpu) | PFERR_FETCH, 1, &code, &here, out)
         if fault == FAULT_NONE:
-            return
+            fault = hardware_insn(vcpu, insn, &here, out)
+            if fault == FAULT_NONE:
+                return
         if guest_own_fault(vcpu, fault, here, out):
             return
         out.exits += 1

@@ -74,20 +74,33 @@ cdef inline void page_replaced(Vm *vm, uint8_t *hva) noexcept nogil:
     ev_set_spte_hva(vm, <uint64_t>hva)
 
 
+cdef inline void huge_page_split(Vm *vm, Slot *slot, uint64_t gfn, uint64_t first, uint64_t end) noexcept nogil:
+    """Part of a huge page goes: the host maps the block by 4 KiB from now on, and tells KVM of all of it."""
+    cdef uint64_t pages = level_pages(LEVEL_2M)
+    cdef uint64_t pfn = slot_pfn(slot, gfn), start
+    if host_state(vm, pfn) != HOSTPAGE_PRESENT or slot_host_level(slot, gfn) < LEVEL_2M:
+        return
+    start = gfn - (pfn & (pages - 1))
+    if start >= first and start + pages <= end:
+        return
+    host_state_set(vm, pfn & ~(pages - 1), pages, HOSTPAGE_PRESENT | HOSTPAGE_SMALL)
+    unmap_hva_range(vm, slot.hva + ((start - slot.base_gfn) << 12), slot.hva + ((start + pages - slot.base_gfn) << 12))
+
+
 cdef inline void slot_dontneed(Vm *vm, Slot *slot, uint64_t first, uint64_t npages) noexcept nogil:
     """madvise(MADV_DONTNEED) on pages of a slot's memory: they read as zero until touched again."""
     cdef uint8_t *hva = slot.hva + (first << 12)
-    cdef uint64_t gfn, pfn, block, i
+    cdef uint64_t gfn = slot.base_gfn + first
+    cdef uint64_t end = gfn + npages, i
+    if npages == 0:
+        return
     vm.host_states_used = 1
     unmap_hva_range(vm, hva, hva + (npages << 12))
+    # Only the first and the last block can be cut.
+    huge_page_split(vm, slot, gfn, gfn, end)
+    huge_page_split(vm, slot, end - 1, gfn, end)
     for i in range(npages):
-        gfn = slot.base_gfn + first + i
-        pfn = slot_pfn(slot, gfn)
-        if host_state(vm, pfn) == HOSTPAGE_PRESENT and slot_host_level(slot, gfn) >= LEVEL_2M:
-            # What is left of a huge page is mapped by 4 KiB.
-            block = pfn & ~(level_pages(LEVEL_2M) - 1)
-            host_state_set(vm, block, level_pages(LEVEL_2M), HOSTPAGE_PRESENT | HOSTPAGE_SMALL)
-        host_state_set(vm, pfn, 1, HOSTPAGE_ABSENT | HOSTPAGE_SMALL)
+        host_state_set(vm, slot_pfn(slot, gfn + i), 1, HOSTPAGE_ABSENT | HOSTPAGE_SMALL)
     memset(hva, 0, <size_t>(npages << 12))
 
 

@@ -115,7 +115,7 @@ cdef inline void prefetch_direct(Vcpu *vcpu, uint64_t index) noexcept nogil:
 cdef inline bint prefetch_run(Vcpu *vcpu, uint64_t start, uint64_t end) noexcept nogil:
     cdef Vm *vm = vcpu.vm
     cdef uint32_t access = role_access(page_at(vm, spte_page(start)).role)
-    cdef uint64_t gfn = spte_gfn(vm, start)
+    cdef uint64_t gfn = spte_gfn(vm, start), first = gfn
     cdef Slot *slot = vcpu_slot(vcpu, gfn)
     cdef uint64_t pfn
     if not slot_visible(slot) or slot.flags & MEM_LOG_DIRTY_PAGES and access & ACC_W:
@@ -125,7 +125,8 @@ cdef inline bint prefetch_run(Vcpu *vcpu, uint64_t start, uint64_t end) noexcept
     while start < end:
         pfn = gfn_to_pfn_atomic(vm, slot, gfn)
         if pfn_is_error(pfn):
-            return False
+            # What leads up to the first absent page is mapped; a run that begins with one ends it all.
+            return gfn != first
         leaf_install(vcpu, slot, start, access, gfn, pfn, NULL, True, True)
         gfn += 1
         start += 1

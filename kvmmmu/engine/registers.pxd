@@ -113,7 +113,8 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     cdef uint64_t changed = old ^ value
     if value >> 32 or not mode_legal(value, vcpu.regs.cr4, vcpu.regs.efer):
         return REG_GP
-    if not value & CR0_PG and vcpu.regs.cr4 & CR4_PCIDE:
+    # Long mode is left from compatibility mode only.
+    if not value & CR0_PG and (vcpu.regs.cr4 & CR4_PCIDE or vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat):
         return REG_GP
     if (value & CR0_PG and not vcpu.regs.efer & EFER_LME and vcpu.regs.cr4 & CR4_PAE
             and changed & (CR0_PG | CR0_CD | CR0_NW)):

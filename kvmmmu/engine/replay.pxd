@@ -4,7 +4,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs
-from kvmmmu.engine.registers cimport REG_OK, load_cr3, mov_cr0, mov_cr4, set_sregs, write_efer
+from kvmmmu.engine.moves cimport vcpu_move_to_cr
+from kvmmmu.engine.registers cimport REG_OK, set_sregs
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport (
     Access, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SPTE_HIT, Vcpu,
@@ -130,7 +131,7 @@ cdef inline bint replay_state(Vcpu *vcpu, uint64_t cr3, uint64_t cr0_cr4, uint64
     if regs.cr0 == cr0 and regs.cr3 == cr3 and regs.cr4 == cr4 and regs.efer == efer:
         return True
     if regs.cr0 == cr0 and regs.cr4 == cr4 and regs.efer == efer:
-        return load_cr3(vcpu, cr3) == REG_OK
+        return vcpu_move_to_cr(vcpu, 3, cr3) == REG_OK
     regs.cr0 = cr0
     regs.cr3 = cr3
     regs.cr4 = cr4
@@ -139,12 +140,8 @@ cdef inline bint replay_state(Vcpu *vcpu, uint64_t cr3, uint64_t cr0_cr4, uint64
 
 
 cdef inline bint replay_movcr(Vcpu *vcpu, int n, uint64_t value) noexcept nogil:
-    if n == 0:
-        return mov_cr0(vcpu, value) == REG_OK
-    if n == 3:
-        return load_cr3(vcpu, value) == REG_OK
-    if n == 4:
-        return mov_cr4(vcpu, value) == REG_OK
+    if n == 0 or n == 3 or n == 4:
+        return vcpu_move_to_cr(vcpu, n, value) == REG_OK
     return True  # CR2 and CR8 do not concern the MMU
 
 

@@ -2,6 +2,7 @@
 """What a vCPU's registers make of its MMU: roles, and the formats of its walks."""
 
 from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, DIALECT_KVM, DIALECT_SDM, paging_init, paging_init_ept, paging_init_npt,
@@ -84,6 +85,7 @@ cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
         paging_init(&vcpu.guest_hw, &vcpu.regs, &vcpu.model, DIALECT_SDM)
         # SVM reads PDPTEs from memory at each walk; VMX has them in registers.
         vcpu.guest_hw.pdpte_in_memory = vcpu.vm.mmu == MMU_NPT
+        vcpu.guest_hw.ad_first = vcpu.vm.host.ad_first
 
 
 cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
@@ -91,7 +93,9 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     cdef Vm *vm = vcpu.vm
     cdef CpuRegs regs
     cdef CpuModel model
-    cdef int i, level = role_level(vcpu.root_role)
+    cdef int level = role_level(vcpu.root_role)
+    memset(&regs, 0, sizeof(regs))
+    memset(&model, 0, sizeof(model))
     model.maxphyaddr = vm.host.maxphyaddr
     model.gbpages = vm.host.gbpages
     model.amd = 1
@@ -107,12 +111,9 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     regs.cr0 = CR0_PE | CR0_PG | CR0_WP
     regs.cr4 = CR4_PAE
     regs.efer = EFER_NX
-    regs.cr3 = 0
     regs.pkru = vcpu.regs.pkru
     # The width of linear addresses is the guest's own, whoever made the tables.
     regs.compat = vcpu.regs.compat
-    for i in range(4):
-        regs.pdptr[i] = 0
     if level >= 4:
         regs.efer |= EFER_LME | EFER_LMA
     if level == 5:
@@ -128,6 +129,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
 cdef inline void hw_root(Vcpu *vcpu) noexcept nogil:
     """Point the processor at the current root (``load_pgd``)."""
     cdef int i
+    vcpu.last_root = vcpu.root.page
     vcpu.hw.root = <uint64_t>vcpu.root.page << 12
     if page_at(vcpu.vm, vcpu.root.page).special:
         for i in range(4):

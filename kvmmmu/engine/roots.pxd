@@ -328,6 +328,22 @@ cdef inline void vm_teardown(Vm *vm) noexcept nogil:
     for i in range(vm.n_vcpus):
         roots_free(vm.vcpus[i], ROOTS_ALL)
 
+cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
+    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor."""
+    roles_refresh(vcpu)
+    if not vcpu.vm.host.amd:
+        request(vcpu, REQ_TLB_FLUSH)
+
+cdef inline void vcpu_init(Vcpu *vcpu) noexcept nogil:
+    """INIT: SVM's answer to a guest that shut down; every root goes."""
+    vcpu.regs.cr0 = CR0_CD | CR0_NW
+    vcpu.regs.cr3 = 0
+    vcpu.regs.cr4 = 0
+    vcpu.regs.efer = 0
+    vcpu.cpl = 0
+    vcpu.ac = 0
+    context_reset(vcpu)
+
 # ---- VM entry -----------------------------------------------------------------------
 
 cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:

@@ -359,7 +359,7 @@ cdef struct Vcpu:
     uint64_t rip          # of the instruction at work, for tracepoints
     uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
     uint64_t retry_address
-    uint8_t vectoring     # an exception is being delivered: the access is the processor's own
+    uint8_t vectoring     # the exception being delivered by the access, 0 = none
     int slot_hint         # last slot found, checked before use
     int mem_hint          # last host area of guest memory the processor read
     int table_hint        # the same for the tables KVM built
@@ -370,6 +370,7 @@ cdef struct Vcpu:
     uint32_t root_role
     Root root
     Root prev_roots[3]
+    int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
     uint64_t stats[32]
@@ -390,6 +391,7 @@ cdef struct HostCpu:
     uint8_t ept_2m
     uint8_t amd           # vendor
     uint8_t la57          # five-level host tables
+    uint8_t ad_first      # guest A/D bits are set before the address itself is translated
 
 cdef struct Switches:
     # A behaviour profile: named differences between eras, each settable alone.
@@ -471,6 +473,7 @@ cdef struct Insn:
     uint8_t op            # INSN_*
     uint8_t size          # of the operand: 1, 2, 4 or 8
     uint8_t split_rmw     # the processor reports a faulting ADD or CMPXCHG as a read first
+    uint8_t refetch       # the instruction is fetched again after every exit
     uint8_t known         # the emulator has the operand's gpa from the exit
     uint64_t known_gpa
     # out

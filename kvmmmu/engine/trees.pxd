@@ -89,9 +89,14 @@ cdef inline int tree_rest(Vm *vm, const uint8_t *seen, int32_t *ids, int n) noex
     return n
 
 
-cdef inline int tree_list(Vcpu *vcpu, bint everything, uint8_t *seen, int32_t *ids) noexcept nogil:
-    """Which pages to show, and how many: those under the current root, or all, roots first."""
-    cdef int i, n = tree_collect(vcpu.vm, vcpu.root.page, seen, ids, 0)
+cdef inline int tree_list(Vcpu *vcpu, bint everything, int previous, uint8_t *seen, int32_t *ids) noexcept nogil:
+    """Which pages to show, and how many: those under one root (``previous`` -1: the current one), or all."""
+    cdef int32_t root = vcpu.root.page if previous < 0 else vcpu.prev_roots[previous].page
+    cdef int i, n
+    if previous < 0 and root == 0 and page_at(vcpu.vm, vcpu.last_root).on_list != LIST_FREE:
+        # None is loaded (the guest shut down, or a register change dropped it): the last one still stands.
+        root = vcpu.last_root
+    n = tree_collect(vcpu.vm, root, seen, ids, 0)
     if everything:
         for i in range(PREV_ROOTS):
             n = tree_collect(vcpu.vm, vcpu.prev_roots[i].page, seen, ids, n)

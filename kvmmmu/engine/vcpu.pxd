@@ -83,6 +83,7 @@ cdef enum:
     VMX_EPT_VIOLATION = 48
     VMX_EPT_MISCONFIG = 49
     SVM_EXCEPTION_PF = 0x4e
+    VMX_INTR_PF = 0x0b0e   # valid bit (31) is added where it is shown: an enum constant is an int
     SVM_NPF = 0x400
 
 cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t code) noexcept nogil:
@@ -92,14 +93,16 @@ cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t co
     if not vm.events.mask:
         return
     if fault == FAULT_PF:
-        ev_exit(vm, vcpu.id, ISA_VMX if vmx else ISA_SVM, VMX_EXCEPTION_NMI if vmx else SVM_EXCEPTION_PF, vcpu.rip,
-                address if vmx else code, code if vmx else address)
+        if vmx:
+            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, 0, VMX_INTR_PF, <uint32_t>code)
+        else:
+            ev_exit(vm, vcpu.id, ISA_SVM, SVM_EXCEPTION_PF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_NPF:
-        ev_exit(vm, vcpu.id, ISA_SVM, SVM_NPF, vcpu.rip, code, address)
+        ev_exit(vm, vcpu.id, ISA_SVM, SVM_NPF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_EPT_VIOLATION:
-        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, 0)
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, 0, 0, 0)
     else:
-        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, 0)
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, 0, 0, 0)
         return
     ev_page_fault(vm, vcpu.id, vcpu.rip, address, code)
 

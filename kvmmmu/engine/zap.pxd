@@ -97,10 +97,8 @@ cdef inline int64_t zap_prepare(Vm *vm, int vcpu_id, int32_t id, PageList *inval
         parent_remove(vm, id, parent)
         parent = pte_list_first(vm, sp.parents, &it)
     was_obsolete = page_obsolete(vm, sp)
-    if not sp.role & ROLE_INVALID:
-        hash_del(vm, id)
-        if role_has_gptes(sp.role):
-            unaccount_shadowed(vm, id)
+    if not sp.role & ROLE_INVALID and role_has_gptes(sp.role):
+        unaccount_shadowed(vm, id)
     if sp.unsync:
         page_unmark_unsync(vm, vcpu_id, id)
     if sp.root_count == 0:
@@ -128,6 +126,8 @@ cdef inline void zap_commit(Vm *vm, PageList *invalid) noexcept nogil:
     while invalid.head:
         id = invalid.head
         list_del(vm, invalid, id)
+        # Not before: who zaps while going through a bucket still needs the link.
+        hash_del(vm, id)
         page_free(vm, id)
 
 

@@ -22,15 +22,14 @@ ARTEFACTS: Final = MappingProxyType(
     {
         "empty_tlb": "the TLB is empty at every VM entry",
         "rsvd_without_present": "a reserved-bit fault of the processor has no P bit in its error code",
+        "ad_first": "the guest's A/D bits are set before the address itself is translated by the second dimension",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
         "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
-        "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load them later",
+        "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load the guest's later",
         "pdpte_unchecked": "MOV CR3 does not check PDPTEs; each walk reads them from memory",
     }
 )
 
-# Guests of the runs see 40 physical address bits whatever the host has.
-_GUEST_BITS: Final = 40
 # Intel processors before 2019 cache 44 address bits and have the L1TF flaw (Intel security advisory SA-00161).
 _L1_CACHE_BITS: Final = 44
 
@@ -80,6 +79,7 @@ def configure(setup: Setup, where: str) -> Configuration:
     # KVM itself turns the parameter off where no reserved address bit is left; that rule is the model's own.
     if not setup.on("kvm.mmio_caching", True) and setup.maxphyaddr < 52:
         scheme = "off"
+    artefacts = _artefacts(amd, tdp)
     features = {name: name in setup.flags for name in ("nx", "smep", "smap", "la57")}
     return Configuration(
         mmu=("npt" if amd else "ept") if tdp else "shadow",
@@ -91,9 +91,10 @@ def configure(setup: Setup, where: str) -> Configuration:
             ept_ad=setup.on("kvm_intel.eptad", True),
             vendor=setup.vendor,
             la57=features["la57"],
+            ad_first="ad_first" in artefacts,
         ),
         guest=GuestCpu(
-            maxphyaddr=_GUEST_BITS,
+            maxphyaddr=setup.maxphyaddr,
             gbpages="pdpe1gb" in setup.flags,
             pku="pku" in setup.flags,
             vendor=setup.vendor,
@@ -106,16 +107,16 @@ def configure(setup: Setup, where: str) -> Configuration:
             nx_huge_pages=setup.on("kvm.nx_huge_pages", False),
         ),
         pcid="pcid" in setup.flags,
-        artefacts=_artefacts(amd, tdp),
+        artefacts=artefacts,
     )
 
 
 def _artefacts(amd: bool, tdp: bool) -> frozenset[str]:
     names = {"empty_tlb"}
     if amd:
-        names |= {"rsvd_without_present", "rmw_reads_first"}
+        names |= {"rsvd_without_present", "rmw_reads_first", "pdpte_accessed"}
         if tdp:
-            names |= {"pdpte_accessed", "pdpte_unchecked"}
+            names |= {"pdpte_unchecked", "ad_first"}
     elif tdp:
         names.add("rmw_as_write")
     return frozenset(names)

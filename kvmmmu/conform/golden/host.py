@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from errno import EINVAL
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -33,6 +31,7 @@ class Host:
             back.id: np.zeros(back.size, np.uint8) for back in script.backs.values()
         }
         self._names = sorted((data.ctypes.data, data.size, number) for number, data in self.backs.items())
+        self._declared: set[int] = set()
         for slot in script.slots:
             rc = self.set_slot(slot.id, slot.gpa, slot.size, slot.back, slot.boff, slot.flags)
             if rc:
@@ -50,12 +49,20 @@ class Host:
         found = self.slot_bytes(gpa)
         return b"" if found is None else found[0][found[1] : found[1] + size].tobytes()
 
+    def store(self, gpa: int, data: bytes) -> None:
+        """Store what the guest stores by a translation it holds."""
+        found = self.slot_bytes(gpa)
+        assert found is not None
+        found[0][found[1] : found[1] + len(data)] = np.frombuffer(data, np.uint8)
+
     def write(self, gpa: int, data: bytes) -> None:
-        """Store behind KVM's back; bytes outside slots are lost."""
-        for at, byte in enumerate(data):
-            found = self.slot_bytes(gpa + at)
-            if found is not None:
-                found[0][found[1]] = byte
+        """The test program writes guest memory itself; bytes outside slots are lost."""
+        try:
+            self.vm.host_write(gpa, data)
+        except ArgumentError:
+            for at, byte in enumerate(data):
+                if self.vm.memslots.at(gpa + at) is not None:
+                    self.vm.host_write(gpa + at, bytes([byte]))
 
     def name(self, hva: int) -> str:
         """A host address as recordings name it."""
@@ -70,13 +77,6 @@ class Host:
             if first <= pfn < first + pages:
                 return self.name(hva + (pfn - first) * _PAGE)
         return "zero"
-
-    def call(self, name: str) -> Any:
-        """A method of the VM; one it does not have makes the operation unsupported."""
-        method = getattr(self.vm, name, None)
-        if method is None:
-            raise NotImplementedError(f"VM.{name}")
-        return method
 
     # -- ioctls; each returns 0 or a negative errno
 
@@ -96,6 +96,9 @@ class Host:
             )
         except MemslotError as error:
             return -(error.errno or EINVAL)
+        if size and self.script.backs[back].how == "lazy" and number not in self._declared:
+            self._declared.add(number)
+            self.vm.host_untouched(number)
         return 0
 
     def delete_slot(self, number: int) -> int:
@@ -108,17 +111,16 @@ class Host:
 
     def dirty(self, number: int, clear: bool) -> dict[str, str]:
         """KVM_GET_DIRTY_LOG, and KVM_CLEAR_DIRTY_LOG of the whole slot."""
-        slot = self.vm.memslots.get(number)
         try:
-            bitmap = self.call("get_dirty_log")(number)
+            bitmap = self.vm.get_dirty_log(number)
         except MemslotError as error:
             return {"rc": str(-(error.errno or EINVAL))}
-        base = 0 if slot is None else slot.gpa // _PAGE
-        pages = ",".join(f"{base + int(page):x}" for page in np.nonzero(np.unpackbits(bitmap, bitorder="little"))[0])
-        answer = {"rc": "0", "pages": pages}
+        base = self.vm.memslots[number].gpa // _PAGE
+        dirty = np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little"))
+        answer = {"rc": "0", "pages": ",".join(f"{base + page:x}" for page in dirty.tolist())}
         if clear:
             try:
-                self.call("clear_dirty_log")(number, first_page=0, n_pages=slot.size // _PAGE if slot else 0, bitmap=bitmap)
+                self.vm.clear_dirty_log(number, bitmap)
                 answer["clear"] = "0"
             except MemslotError as error:
                 answer["clear"] = str(-(error.errno or EINVAL))
@@ -126,13 +128,19 @@ class Host:
 
     def dontneed(self, back: int, offset: int, length: int) -> int:
         """madvise(MADV_DONTNEED): the pages are gone, the next touch finds zeros."""
-        self.call("dontneed")(self.backs[back][offset : offset + length])
+        start = self.backs[back][offset:].ctypes.data
+        for slot in self.vm.memslots.values():
+            low = max(start, slot.memory.ctypes.data)
+            high = min(start + length, slot.memory.ctypes.data + slot.size)
+            if low < high:
+                first = (low - slot.memory.ctypes.data) // _PAGE
+                self.vm.host_dontneed(slot, first_page=first, npages=(high - low) // _PAGE)
         return 0
 
     def limit_pages(self, n: int) -> int:
         """KVM_SET_NR_MMU_PAGES."""
         try:
-            self.call("set_nr_mmu_pages")(n)
-        except (MemslotError, ArgumentError) as error:
-            return -(getattr(error, "errno", None) or EINVAL)
+            self.vm.set_nr_mmu_pages(n)
+        except ArgumentError:
+            return -EINVAL
         return 0

@@ -13,14 +13,9 @@ _EFER_MSR = 0xC0000080
 
 def run(op: Op, script: Script, guest: Guest, host: Host) -> Outcomes:
     """Run it; what came of it, as recordings put it."""
-    try:
-        return _GUEST[op.name](op, script, guest) if op.name in _GUEST else _ioctl(op, guest, host)
-    except NotImplementedError as error:
-        return [("unsupported", {"what": str(error)})]
-
-
-def _ioctl(op: Op, guest: Guest, host: Host) -> Outcomes:
     name = op.name
+    if name in _GUEST:
+        return _GUEST[name](op, script, guest)
     if name == "ac":
         guest.ac = bool(op["value"])
         return []
@@ -40,16 +35,12 @@ def _ioctl(op: Op, guest: Guest, host: Host) -> Outcomes:
     return [("rc", {"rc": str(rc)})]
 
 
-def _size(op: Op, script: Script) -> int:
-    return op["size"] if script.long else min(op["size"], 4)
+def _read(op: Op, _: Script, guest: Guest) -> Outcomes:
+    return guest.run(f"r{op['size']}", cpl=op["cpl"], rdi=op["gva"])
 
 
-def _read(op: Op, script: Script, guest: Guest) -> Outcomes:
-    return guest.run(f"r{_size(op, script)}", cpl=op["cpl"], rdi=op["gva"])
-
-
-def _write(op: Op, script: Script, guest: Guest) -> Outcomes:
-    return guest.run(f"w{_size(op, script)}", cpl=op["cpl"], rdi=op["gva"], rsi=op["value"])
+def _write(op: Op, _: Script, guest: Guest) -> Outcomes:
+    return guest.run(f"w{op['size']}", cpl=op["cpl"], rdi=op["gva"], rsi=op["value"])
 
 
 def _jump(op: Op, _: Script, guest: Guest) -> Outcomes:

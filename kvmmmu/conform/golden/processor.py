@@ -1,22 +1,32 @@
 """What one instruction asks of the model: fetches, data accesses, deliveries, register loads.
 
-The only file that calls the vCPU.  ``VCpu.execute`` carries out an instruction with KVM's emulation behind it.
+The only file that calls the vCPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Final
 
+from kvmmmu.conform.golden.configuration import Configuration
+from kvmmmu.conform.golden.exits import Exits
+from kvmmmu.conform.golden.pdptes import PdpteQuirks
+from kvmmmu.conform.golden.recorder import Recorder
 from kvmmmu.errors import ArgumentError, GuestFaultError
 from kvmmmu.outcome import Outcome, Path
-from kvmmmu.vcpu import VCpu
+from kvmmmu.vcpu import Execution, VCpu
 
 __all__ = ["Done", "Processor", "mmio_bytes"]
 
+_GP = 13
+_CR4_PCIDE = 1 << 17
 
-def mmio_bytes(_gpa: int, length: int, _offset: int = 0) -> bytes:
+_OPERATIONS: Final = MappingProxyType({"r": "load", "w": "store", "x": "fetch", "add": "add", "cas": "cmpxchg", "movs": "movs"})
+
+
+def mmio_bytes(_gpa: int, length: int) -> bytes:
     """What the test program answers to an MMIO read."""
     return bytes(range(0xC0, 0xC0 + length))
 
@@ -28,17 +38,22 @@ class Done:
     Attributes
     ----------
     outcome : Outcome
+        MMIO that was answered counts as OK.
     gpa : int or None
     value : int
         What was read.
     error_code, gva : int
         Of a fault.
+    suberror : int
+        Of an internal error.
     exits : int
         VM exits it cost.
-    mmio : list of (kind, gpa, length, data)
+    mmio : list of (write, gpa, size, data)
         Exits to user space, in order.
     by_processor : bool
         A guest fault was found by the processor itself, not by KVM.
+    emulated : bool
+        KVM made the access.
     """
 
     outcome: Outcome
@@ -46,9 +61,11 @@ class Done:
     value: int = 0
     error_code: int = 0
     gva: int = 0
+    suberror: int = 0
     exits: int = 0
-    mmio: list[tuple[str, int, int, bytes]] = field(default_factory=list)
+    mmio: list[tuple[bool, int, int, int]] = field(default_factory=list)
     by_processor: bool = False
+    emulated: bool = False
 
 
 class Processor:
@@ -57,115 +74,158 @@ class Processor:
     Parameters
     ----------
     vcpu : VCpu
-    artefacts : frozenset of str
+    configuration : Configuration
+    recorder : Recorder
     """
 
-    def __init__(self, vcpu: VCpu, artefacts: frozenset[str]) -> None:
-        self.vcpu: Any = vcpu
-        self.artefacts = artefacts
-        self._execute: Callable[..., Any] | None = getattr(vcpu, "execute", None)
+    def __init__(self, vcpu: VCpu, configuration: Configuration, recorder: Recorder) -> None:
+        self.vcpu = vcpu
+        self.artefacts = artefacts = configuration.artefacts
+        self.pcid = configuration.pcid
+        self.shadow = configuration.mmu == "shadow"
+        self.exits = Exits(configuration.amd, not self.shadow)
+        self.note = recorder.note
+        self.host = recorder.host
+        self._pdptes = PdpteQuirks(vcpu, recorder.host, artefacts)
+        self._split_rmw = "rmw_reads_first" in artefacts
+        self._refetch = "empty_tlb" in artefacts
 
-    def fetch(self, rip: int) -> Done:
-        """Fetch an instruction's first byte."""
-        result = self.vcpu.access(rip, "x")
-        return self._done(result)
+    def fetch(self, gva: int, rip: int) -> Done:
+        """Fetch a byte of the instruction at ``rip``."""
+        self._pdptes.walk(gva)
+        return self._done(self.vcpu.execute("fetch", gva, size=1, code_gva=rip))
 
-    def system(self, gva: int, size: int, value: int | None = None) -> Done:
-        """An access to a system structure while an event is delivered."""
-        kind = "r" if value is None else "w"
-        result = self.vcpu.access(gva, kind, size=size, value=value, implicit=True)
-        return self._done(result)
-
-    def _done(self, result: Any) -> Done:
-        by_processor = self.vcpu.vm.mmu != "shadow" and result.path != Path.EMULATED
-        return Done(
-            result.outcome, result.gpa, 0, result.error_code, result.gva, result.exits, by_processor=by_processor
-        )
+    def system(self, vector: int, gva: int, size: int, rip: int, *, write: bool = False) -> Done:
+        """A supervisor's access to a system structure while an event is delivered."""
+        kind = "store" if write else "load"
+        self._pdptes.walk(gva)
+        return self._done(self.vcpu.execute(kind, gva, size=size, cpl=0, code_gva=rip, vectoring=vector))
 
     def memory(
-        self, kind: str, gva: int, size: int, *, value: int = 0, old: int = 0, src: int | None = None, rip: int = 0
+        self, kind: str, gva: int, size: int, rip: int, length: int, *, value: int = 0, old: int = 0, src: int = 0
     ) -> Done:
-        """A load (``r``), store (``w``), ``add``, ``cas`` or ``movs``."""
-        if self._execute is None:
-            return self._pieces(kind, gva, size, value, old, src)
-        result = self._execute(
-            kind, gva=gva, size=size, value=value, old=old, src=src, code_gva=rip, mmio_read=mmio_bytes,
-            rmw_reads_first="rmw_reads_first" in self.artefacts,
+        """A load (``r``), store (``w``), ``add``, ``cas`` or ``movs`` that stands at ``rip``."""
+        self._pdptes.walk(gva, src if kind == "movs" else gva)
+        return self._done(
+            self.vcpu.execute(
+                _OPERATIONS[kind],
+                gva,
+                size=size,
+                value=value,
+                expected=old,
+                src=src,
+                code_gva=rip,
+                code_size=length,
+                split_rmw=self._split_rmw,
+                refetch=self._refetch,
+                mmio_read=mmio_bytes,
+            )
         )
-        done = self._done(result)
-        done.value = result.value
-        done.mmio = list(result.exits_mmio)
-        return done
 
-    # -- without VCpu.execute: separate accesses
+    def _done(self, execution: Execution) -> Done:
+        result = execution.result
+        return Done(
+            Outcome.OK if result.outcome == Outcome.MMIO else result.outcome,
+            result.gpa,
+            execution.value,
+            result.error_code,
+            result.gva,
+            execution.suberror,
+            result.exits,
+            [(exit.write, exit.gpa, exit.size, exit.data) for exit in execution.mmio],
+            not self.shadow and result.path != Path.EMULATED,
+            result.path == Path.EMULATED,
+        )
 
-    def _move(self, gva: int, size: int, value: int | None) -> Done:
-        write = value is not None
-        data = None if value is None else value.to_bytes(size, "little")
-        result, part = self.vcpu.move(gva, size, data, self.vcpu.cpl, write)
-        done = self._done(result)
-        piece = bytearray(part)
-        for (gpa, length), offset in zip(result.mmio, self.vcpu.mmio_offsets(result), strict=True):
-            if write:
-                done.mmio.append(("w", gpa, length, bytes(data or b"")[offset : offset + length]))
-            else:
-                answer = mmio_bytes(gpa, length)
-                done.mmio.append(("r", gpa, length, answer))
-                piece[offset : offset + length] = answer
-        if result.outcome == Outcome.MMIO:
-            done.outcome = Outcome.OK
-        if result.path == Path.EMULATED:
-            done.exits += 1
-        done.value = int.from_bytes(piece, "little")
-        return done
-
-    def _pieces(self, kind: str, gva: int, size: int, value: int, old: int, src: int | None) -> Done:
-        if kind == "w":
-            return self._move(gva, size, value)
-        first = self._move(gva if src is None else src, size, None)
-        if kind == "r" or first.outcome != Outcome.OK:
-            return first
-        if kind == "add":
-            stored = (first.value + value) & (1 << 8 * size) - 1
-        elif kind == "cas":
-            stored = value if first.value == old else first.value
-        else:
-            stored = first.value
-        second = self._move(gva, size, stored)
-        second.mmio = first.mmio + second.mmio
-        second.exits += first.exits
-        second.value = first.value
-        return second
+    def inject(self, vector: int, error_code: int | None = None) -> None:
+        """KVM injects an exception."""
+        self.vcpu.inject(vector, error_code)
 
     # -- registers
 
     def set_sregs(self, **registers: int) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
-        self.vcpu.set_sregs(**registers)
+        with self._pdptes.unseen():
+            self.vcpu.set_sregs(**registers)
 
     def mode(self, cpl: int, ac: bool) -> None:
         """The privilege level and RFLAGS.AC from now on."""
         self.vcpu.set_mode(cpl, ac)
 
-    def invlpg(self, gva: int, rip: int) -> int:
-        """INVLPG; VM exits it cost."""
+    def invlpg(self, gva: int, rip: int, length: int) -> Done:
+        """INVLPG."""
+        if not self.shadow:
+            self.vcpu.invlpg(gva)
+            return Done(Outcome.OK)
+        self.note(self.exits.invlpg_line(rip, gva))
+        if self.exits.emulated("invlpg"):
+            done = self._software_fetch(rip, length)
+            if done.outcome != Outcome.OK:
+                return done
         self.vcpu.invlpg(gva)
-        return int(self.vcpu.vm.mmu == "shadow")
+        return Done(Outcome.OK, exits=1)
 
-    def load_register(self, register: str, value: int, rip: int) -> Done:
+    def load_register(self, name: str, value: int, rip: int, length: int) -> Done:
         """MOV to a control register, or WRMSR to EFER."""
-        load = {"cr0": self.vcpu.mov_cr0, "cr3": self.vcpu.load_cr3, "cr4": self.vcpu.mov_cr4}.get(
-            register, self.vcpu.write_efer
-        )
-        # With the second dimension in hardware MOV CR3 is the guest's own business.
-        exits = int(register != "cr3" or self.vcpu.vm.mmu == "shadow")
+        registers = self.vcpu.regs
+        exits = self.exits.register(name, getattr(registers, name), value)
+        if exits:
+            self.note(self.exits.register_line(name, rip, registers.cr0))
+            if self.exits.emulated(name):
+                done = self._software_fetch(rip, length)
+                if done.outcome != Outcome.OK:
+                    return done
+            if name != "efer":
+                self.note(self.exits.value_line(name, value, False))
+        refused = not self._load(name, value)
+        if exits and name == "efer":
+            self.note(self.exits.value_line(name, value, refused))
+        if refused:
+            if exits:
+                self.vcpu.inject(_GP, 0)
+            return Done(Outcome.GP, exits=int(exits))
+        if exits and self.exits.skipped(name):
+            done = self._software_fetch(rip, length)
+            if done.outcome != Outcome.OK:
+                return done
+        return Done(Outcome.OK, exits=int(exits))
+
+    def _load(self, name: str, value: int) -> bool:
+        """False: #GP."""
+        if name == "cr4" and value & _CR4_PCIDE and not self.pcid:
+            return False
+        if name == "cr3":
+            with self._pdptes.stale(value):
+                return self._try(self.vcpu.load_cr3, value)
+        load = {"cr0": self.vcpu.mov_cr0, "cr4": self.vcpu.mov_cr4}
+        with self._pdptes.accessed():
+            return self._try(load.get(name, self.vcpu.write_efer), value)
+
+    @staticmethod
+    def _try(load: Callable[[int], None], value: int) -> bool:
         try:
             load(value)
         except (GuestFaultError, ArgumentError):
-            return Done(Outcome.GP, exits=exits)
-        return Done(Outcome.OK, exits=exits)
+            return False
+        return True
 
-    @property
-    def efer(self) -> int:
-        """EFER as it is."""
-        return int(self.vcpu.regs.efer)
+    def _software_fetch(self, rip: int, length: int) -> Done:
+        """KVM fetches an instruction that it then carries out."""
+        return self._done(self.vcpu.fetch_by_kvm(rip, length))
+
+    def out(self, rip: int, port: int) -> None:
+        """OUT ends the operation: user space takes over."""
+        self.note(self.exits.io_line(rip, port))
+
+    def halt(self, rip: int, length: int) -> None:
+        """HLT ends it too."""
+        self.note(self.exits.halt_line(rip))
+        if self.exits.skipped("hlt"):
+            self._software_fetch(rip, length)
+
+    def shutdown(self, rip: int) -> None:
+        """The processor triple-faults."""
+        self.note(self.exits.shutdown_line(rip))
+        if self.exits.amd:
+            # The VMCB is undefined after a shutdown, so KVM resets the vCPU.
+            self.vcpu.init()

@@ -10,10 +10,11 @@ from pathlib import Path
 from kvmmmu.conform.golden import operation, stubs
 from kvmmmu.conform.golden.comparison import PARTS, counters_differ, outcomes_differ
 from kvmmmu.conform.golden.configuration import ARTEFACTS, Configuration, configure
-from kvmmmu.conform.golden.events import all_lines, events_differ, structural_lines, without_present
+from kvmmmu.conform.golden.events import all_lines, events_differ, structural_lines
 from kvmmmu.conform.golden.guest import Guest, Outcomes
 from kvmmmu.conform.golden.host import Host
 from kvmmmu.conform.golden.processor import Processor
+from kvmmmu.conform.golden.recorder import Recorder
 from kvmmmu.conform.golden.trees import model_tree, trees_differ
 from kvmmmu.conform.report import FileReport
 from kvmmmu.errors import FormatError
@@ -43,17 +44,18 @@ class Machine:
         self.configuration = configuration
         self.vm = VM(configuration.mmu, host=configuration.host, behaviour=configuration.behaviour)
         self.host = Host(self.vm, script)
+        if script.dirty_manual:
+            self.vm.set_manual_dirty_protect(initially_set=script.dirty_manual == 3)
         for gpa, size, value in script.memory:
             self.host.write(gpa, value.to_bytes(size, "little"))
         self.host.write(script.sysgpa, stubs.sys_page(script.long, script.sysgva))
         self.host.write(script.usrgpa, stubs.usr_page(script.long))
         self.vcpu = self.vm.create_vcpu(configuration.guest)
-        processor = Processor(self.vcpu, configuration.artefacts)
+        self.recorder = Recorder(self.vm, self.host, configuration.artefacts, enabled=events)
+        processor = Processor(self.vcpu, configuration, self.recorder)
         processor.set_sregs(cr0=script.cr0, cr3=script.cr3, cr4=script.cr4, efer=script.efer)
         self.guest = Guest(processor, self.host, script)
-        self.recording = events
-        if events:
-            self.vm.events.enable(capacity=1 << 17)
+        self.recorder.take()
         self._counters = self.counters()
 
     def counters(self) -> dict[str, int]:
@@ -72,13 +74,16 @@ class Machine:
             if now[name] != self._counters[name] and name not in _NOISE
         }
         self._counters = now
-        lines: list[str] = []
-        if self.recording:
-            records = self.vm.events.drain()
-            lines = self.vm.events.text(records, roles=True, hva_name=self.host.name).splitlines()
-            if "rsvd_without_present" in self.configuration.artefacts:
-                lines = [without_present(line) for line in lines]
-        return outcomes, changes, lines
+        return outcomes, changes, self.recorder.take()
+
+    def tree(self) -> tuple[TablePage, ...]:
+        """The tables under the vCPU's root; where it lost its root, those under the last one."""
+        return model_tree(self.vm.page_tables(self.vcpu), self.host)
+
+    def close(self) -> list[str]:
+        """Destroy the VM; the tracepoints of that."""
+        self.vm.close()
+        return self.recorder.take()
 
 
 @dataclass
@@ -101,10 +106,14 @@ def compare(
 ) -> dict[str, tuple[int, int, str | None]]:
     """Run a script and compare: per part (agreed, total, first difference)."""
     machine = Machine(configuration, script, events=bool({"4", "5"} & set(parts)))
+    trees = any(part[0] == "3" for part in parts)
     counts = {part: [0, 0] for part in parts}
     first: dict[str, str | None] = dict.fromkeys(parts)
     for index, expected in enumerate(result.ops):
         outcomes, changes, lines = machine.run(index)
+        tree = machine.tree() if expected.tree is not None and trees else ()
+        if index == len(result.ops) - 1:
+            lines += machine.close()
         recorded = events[index].lines
         for part in parts:
             if part[0] == "3" and expected.tree is None:
@@ -119,13 +128,18 @@ def compare(
             elif part[0] == "3":
                 assert expected.tree is not None
                 difference = trees_differ(
-                    expected.tree, model_tree(machine.vcpu, machine.host), accessed_dirty=part == "3-ad",
+                    expected.tree,
+                    tree,
+                    accessed_dirty=part == "3-ad",
                     ept=configuration.mmu == "ept",
+                    roots_accessed="pdpte_accessed" in configuration.artefacts,
                 )
             elif part == "4":
-                difference = events_differ(structural_lines(recorded), structural_lines(lines))
+                difference = events_differ(
+                    structural_lines(recorded), structural_lines(lines), livelock=events[index].livelock
+                )
             else:
-                difference = events_differ(all_lines(recorded), all_lines(lines))
+                difference = events_differ(all_lines(recorded), all_lines(lines), livelock=events[index].livelock)
             if difference is None:
                 counts[part][0] += 1
             elif first[part] is None:

@@ -8,20 +8,19 @@ from typing import Final
 from kvmmmu.conform.golden.host import Host
 from kvmmmu.golden.results import TableEntry, TablePage
 from kvmmmu.trees import PageTables
-from kvmmmu.vcpu import VCpu
 
 __all__ = ["model_tree", "trees_differ"]
 
 _ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _SHADOW_AD: Final = 1 << 5 | 1 << 6
 _EPT_AD: Final = 1 << 8 | 1 << 9
+_ROOT_ACCESSED: Final = 1 << 5
 
 _Row = tuple[object, ...]
 
 
-def model_tree(vcpu: VCpu, host: Host) -> tuple[TablePage, ...]:
-    """The tables under the vCPU's root, written as recordings write them."""
-    tables: PageTables = vcpu.vm.page_tables(vcpu)
+def model_tree(tables: PageTables, host: Host) -> tuple[TablePage, ...]:
+    """Tables written as recordings write them."""
     number = {page.id: str(i) for i, page in enumerate(tables.pages)}
     pages = []
     for page in tables.pages:
@@ -52,9 +51,12 @@ def model_tree(vcpu: VCpu, host: Host) -> tuple[TablePage, ...]:
 
 
 def trees_differ(
-    expected: Sequence[TablePage], got: Sequence[TablePage], *, accessed_dirty: bool, ept: bool
+    expected: Sequence[TablePage], got: Sequence[TablePage], *, accessed_dirty: bool, ept: bool, roots_accessed: bool
 ) -> str | None:
-    """None, or the first page or entry that differs."""
+    """None, or the first page or entry that differs.
+
+    ``roots_accessed``: the emulator sets bit 5 of PAE roots, which it does not have.
+    """
     mask = 0 if accessed_dirty else _EPT_AD if ept else _SHADOW_AD
     for i in range(max(len(expected), len(got))):
         if i >= len(got) or i >= len(expected):
@@ -62,7 +64,7 @@ def trees_differ(
         left, right = expected[i], got[i]
         if (left.level, left.fields) != (right.level, right.fields):
             return f"page {i}: expected {_page(left)}; got {_page(right)}"
-        difference = _entries_differ(left, right, mask)
+        difference = _entries_differ(left, right, _ROOT_ACCESSED if left.fields is None and roots_accessed else mask)
         if difference is not None:
             return f"page {i} ({_page(left)}): {difference}"
     return None
@@ -70,7 +72,7 @@ def trees_differ(
 
 def _entries_differ(left: TablePage, right: TablePage, mask: int) -> str | None:
     a, b = (
-        {entry.index: _row(entry, 0 if page.fields is not None and entry.kind == "mmio" else mask) for entry in page.entries}
+        {entry.index: _row(entry, 0 if entry.kind == "mmio" else mask) for entry in page.entries}
         for page in (left, right)
     )
     for index in sorted(a.keys() | b.keys()):
