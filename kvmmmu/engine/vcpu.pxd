@@ -15,6 +15,7 @@ from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport spte_gfn
+from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.state cimport (
     Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
@@ -53,16 +54,23 @@ cdef inline uint64_t shadow_gpa(Vcpu *vcpu) noexcept nogil:
 cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
     """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks."""
     cdef const MemMap *mem = vm_hostmem(vcpu.vm)
-    cdef int fault
+    cdef int fault, quick
+    cdef Quick q
     if vcpu.vm.mmu == MMU_SHADOW:
         fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
         if fault == FAULT_NONE:
             hpa[0] = vcpu.nested.gpa
             gpa[0] = shadow_gpa(vcpu)
         return fault
+    quick = quick_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.nested, gva, access,
+                         vcpu.ac, True, &q, hpa)
+    if quick == QUICK_YES:
+        gpa[0] = q.gpa
+        return FAULT_NONE
+    if quick == QUICK_FINAL:
+        return vcpu.nested.fault
     fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva,
-                        access, vcpu.ac,
-                        True)
+                        access, vcpu.ac, True)
     if fault == FAULT_NONE:
         hpa[0] = vcpu.nested.gpa
         gpa[0] = vcpu.walk.gpa
