@@ -125,6 +125,9 @@ class HostCpu:
         Address width of the L1 cache, for ``l1tf``; ``phys_bits`` by default.
     ept_ad, ept_exec_only, ept_1g, ept_2m : bool
         EPT capabilities: A/D bits, execute-only entries, large pages.
+    ept_checks_updates : bool
+        With EPT A/D off, setting A or D in a guest table needs W in EPT, as the SDM has it; some emulators
+        do not ask.
     vendor : {"intel", "amd"}
     la57 : bool
         Five-level tables.
@@ -149,6 +152,7 @@ class HostCpu:
     ept_exec_only: bool = True
     ept_1g: bool = True
     ept_2m: bool = True
+    ept_checks_updates: bool = True
     vendor: str = "intel"
     la57: bool = False
     ad_first: bool = False

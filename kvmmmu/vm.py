@@ -351,4 +351,5 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.vendor == "amd",
         host.la57,
         host.ad_first,
+        host.ept_checks_updates,
     )

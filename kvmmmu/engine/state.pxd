@@ -391,6 +391,7 @@ cdef struct HostCpu:
     uint8_t ept_2m
     uint8_t amd           # vendor
     uint8_t la57          # five-level host tables
+    uint8_t ept_checks_updates  # guest A/D updates need W in EPT when EPT A/D is off
     uint8_t ad_first      # guest A/D bits are set before the address itself is translated
 
 cdef struct Switches:
