@@ -830,7 +830,7 @@ cdef class VmCore(VmHandle):
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
          vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
-         vm.host.ad_first, vm.host.ad_unchecked, vm.host.rsvd_alone) = host
+         vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
         vm.switches.nx_huge_pages = nx_huge_pages

@@ -354,6 +354,6 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.vendor == "amd",
         host.la57,
         host.ad_first,
-        host.ad_unchecked,
+        host.ept_checks_updates,
         host.rsvd_alone,
     )

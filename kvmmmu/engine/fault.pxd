@@ -292,9 +292,11 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
     cdef Fault f
     cdef int ret = RET_PF_INVALID
     cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
+    vcpu.mmio_hit = 0
     if error_code & PFERR_RSVD:
         ret = handle_mmio_fault(vcpu, address)
         if ret == RET_PF_EMULATE:
+            vcpu.mmio_hit = 1
             return ret
     if ret == RET_PF_INVALID:
         f.addr = address

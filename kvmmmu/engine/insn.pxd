@@ -328,14 +328,13 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
             insn.known = known != ALL_ONES
             insn.known_gpa = known
             out.path = PATH_EMULATED
-            # A fault served by the record of the last MMIO page, or by an mmio spte, is never retried.
             if vcpu.root_role & ROLE_DIRECT:
                 cached = mmio_match_gpa(vcpu, address)
             else:
                 cached = mmio_match_gva(vcpu, address)
             if not decode(vcpu, insn, out):
                 return
-            if not retry_instead(vcpu, insn, address, not cached):
+            if not retry_instead(vcpu, insn, address, not cached and not vcpu.mmio_hit):
                 emulate_run(vcpu, insn, out)
                 return
 

@@ -106,7 +106,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     if vm.mmu == MMU_EPT:
         paging_init_ept(&vcpu.hw, (EPTP_AD if vm.masks.ad_enabled else 0) | <uint64_t>((level - 1) << 3) | 6, &model,
                         DIALECT_SDM)
-        if vm.host.ad_unchecked:
+        if not vm.host.ept_checks_updates:
             vcpu.hw.update_access = 0
         return
     # Shadow paging forces these whatever the guest runs with, so that every store KVM must see faults.

@@ -23,7 +23,8 @@ ARTEFACTS: Final = MappingProxyType(
         "empty_tlb": "the TLB is empty at every VM entry",
         "rsvd_alone": "a reserved-bit fault of the processor has no P bit in its error code",
         "ad_first": "the guest's A/D bits are set before the address itself is translated by the second dimension",
-        "ad_unchecked": "guest A/D bits are set without asking EPT for write access",
+        "ad_unchecked": "with EPT A/D off, the guest's A/D bits are set without asking EPT for W",
+        "frames_unnamed": "a writable leaf recorded as the zero page is a frame that the recorder could not name",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
         "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
         "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load the guest's later",
@@ -94,7 +95,7 @@ def configure(setup: Setup, where: str) -> Configuration:
             vendor=setup.vendor,
             la57=features["la57"],
             ad_first="ad_first" in artefacts,
-            ad_unchecked="ad_unchecked" in artefacts,
+            ept_checks_updates="ad_unchecked" not in artefacts,
             rsvd_alone="rsvd_alone" in artefacts,
         ),
         guest=GuestCpu(
@@ -124,5 +125,5 @@ def _artefacts(amd: bool, tdp: bool, ept_ad: bool) -> frozenset[str]:
     elif tdp:
         names |= {"rmw_as_write", "ad_first"}
         if not ept_ad:
-            names.add("ad_unchecked")
+            names |= {"ad_unchecked", "frames_unnamed"}
     return frozenset(names)

@@ -133,6 +133,7 @@ def compare(
                     accessed_dirty=part == "3-ad",
                     ept=configuration.mmu == "ept",
                     roots_accessed="pdpte_accessed" in configuration.artefacts,
+                    unnamed="frames_unnamed" in configuration.artefacts,
                 )
             elif part == "4":
                 difference = events_differ(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvmmmu.conform.golden.host import Host
+from kvmmmu.constants import TABLE
 from kvmmmu.golden.results import TableEntry, TablePage
 from kvmmmu.trees import PageTables
 
@@ -52,11 +53,18 @@ def model_tree(tables: PageTables, host: Host) -> tuple[TablePage, ...]:
 
 
 def trees_differ(
-    expected: Sequence[TablePage], got: Sequence[TablePage], *, accessed_dirty: bool, ept: bool, roots_accessed: bool
+    expected: Sequence[TablePage],
+    got: Sequence[TablePage],
+    *,
+    accessed_dirty: bool,
+    ept: bool,
+    roots_accessed: bool,
+    unnamed: bool,
 ) -> str | None:
     """None, or the first page or entry that differs.
 
     ``roots_accessed``: the emulator sets bit 5 of PAE roots, which it does not have.
+    ``unnamed``: a writable leaf recorded as the zero page is a frame the recorder could not name.
     """
     mask = 0 if accessed_dirty else _EPT_AD if ept else _SHADOW_AD
     for i in range(max(len(expected), len(got))):
@@ -65,20 +73,27 @@ def trees_differ(
         left, right = expected[i], got[i]
         if (left.level, left.fields) != (right.level, right.fields):
             return f"page {i}: expected {_page(left)}; got {_page(right)}"
-        difference = _entries_differ(left, right, _ROOT_ACCESSED if left.fields is None and roots_accessed else mask)
+        difference = _entries_differ(
+            left, right, _ROOT_ACCESSED if left.fields is None and roots_accessed else mask, unnamed
+        )
         if difference is not None:
             return f"page {i} ({_page(left)}): {difference}"
     return None
 
 
-def _entries_differ(left: TablePage, right: TablePage, mask: int) -> str | None:
+def _unnamed(row: _Row | None) -> bool:
+    """The zero page is never mapped writable, so this frame is another one."""
+    return row is not None and row[3] == "zero" and bool(row[1] & TABLE["SPTE_HOST_WRITABLE_EPT"])
+
+
+def _entries_differ(left: TablePage, right: TablePage, mask: int, unnamed: bool) -> str | None:
     a, b = (
         {entry.index: _row(entry, 0 if entry.kind == "mmio" else mask) for entry in page.entries}
         for page in (left, right)
     )
     for index in sorted(a.keys() | b.keys()):
-        if _unnamed(a.get(index)) and index in b:
-            a[index] = (*a[index][:3], b[index][3])
+        if unnamed and _unnamed(a.get(index)) and index in b:
+            b[index] = (*b[index][:3], "zero")
         if a.get(index) != b.get(index):
             return f"entry {index}: expected {_entry(a.get(index))}; got {_entry(b.get(index))}"
     return None
