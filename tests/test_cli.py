@@ -181,8 +181,8 @@ def test_conform_gives_json_to_programs(found: list[FileReport]) -> None:
 
 
 def test_conform_refuses_strangers_among_the_truth(tmp_path: Path) -> None:
-    (tmp_path / "golden.tar.xz").write_bytes(b"")
-    assert "golden.tar.xz: file: not vectors, a dump or a trace" in one_line(run("conform", str(tmp_path)))
+    (tmp_path / "golden.xz").write_bytes(b"")
+    assert "golden.xz: file: not vectors, a dump, a trace or golden runs" in one_line(run("conform", str(tmp_path)))
     assert "no such file" in one_line(run("conform", str(tmp_path / "absent")))
     assert run("conform").exit_code == 2
 
