@@ -192,7 +192,8 @@ def _flags(value: Any, where: str) -> int:
 def _slot(row: Any, where: str) -> SlotSpec:
     names = ("id", "gpa", "size", "back", "boff")
     row = fields(row, where, {*names, "flags"})
-    return SlotSpec(*(number(row[name], f"{where}: {name}") for name in names), _flags(row["flags"], where))
+    words = {name: number(row[name], f"{where}: {name}") for name in names}
+    return SlotSpec(**words, flags=_flags(row["flags"], where))
 
 
 def _store(row: Any, where: str) -> tuple[int, int, int]:

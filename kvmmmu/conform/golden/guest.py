@@ -105,7 +105,7 @@ class Guest:
         self.data.clear()
         self.written.clear()
 
-    def end(self, what: str, **fields: str) -> NoReturn:
+    def end(self, what: str, /, **fields: str) -> NoReturn:
         """Finish the operation."""
         self.out.append((what, fields))
         raise _End

@@ -143,10 +143,12 @@ class Processor:
 
     # -- registers
 
-    def set_sregs(self, **registers: int) -> None:
+    def set_sregs(
+        self, *, cr0: int | None = None, cr3: int | None = None, cr4: int | None = None, efer: int | None = None
+    ) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
         with self._pdptes.unchecked():
-            self.vcpu.set_sregs(**registers)
+            self.vcpu.set_sregs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
 
     def mode(self, cpl: int, ac: bool) -> None:
         """The privilege level and RFLAGS.AC from now on."""
