@@ -45,7 +45,7 @@ def active_list(s: Snapshot) -> Iterator[Violation]:
 
 
 def hash_chains(s: Snapshot) -> Iterator[Violation]:
-    """Every valid page, and every zapped root that a vCPU still holds, is in the chain of its gfn once; nothing else."""
+    """Every valid page and every zapped root that a vCPU still holds is in the chain of its gfn once; nothing else."""
     name = "hash"
     seen = set[int]()
     # A zapped page leaves its chain when it is freed, and a root is freed by its last user.
