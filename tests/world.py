@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from machine import LONG, LONG5, MMIO, NX, P32, PAE3, PS, Machine, Mode, P
 
 import kvmmmu as km
 from kvmmmu.walks import Fault
-from machine import LONG, LONG5, MMIO, NX, P32, PAE3, PS, Machine, Mode, P
 
 N_TABLES = 16
 RAM = 4 << 20
@@ -184,7 +184,7 @@ class World(Machine):
             return km.Outcome.PF, walk.error_code, walk.gva
         paging.walk(gva, kind, cpl, ac=regs.ac, set_ad=True)
         slot = self.vm.memslots.at(walk.gpa)
-        if slot is None or kind == "w" and slot.readonly:
+        if slot is None or (kind == "w" and slot.readonly):
             if kind == "x":
                 return (km.Outcome.INTERNAL_ERROR,)
             return km.Outcome.MMIO, walk.gpa
@@ -206,10 +206,10 @@ class World(Machine):
         wanted = self.expected(gva, kind, cpl, memory)
         result = self.vcpu.access(gva, kind, cpl=cpl)
         assert self.got(result) == wanted, f"{result}, expected {wanted}\n{self.vcpu.explain(gva, kind, cpl=cpl)}"
-        # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D as it is;
+        # MMIO: an mmio spte keeps the rights of its first walk: with CR0.WP = 0 a write through it leaves D as it is;
         # under EPT and NPT KVM knows the gpa from the exit, and nobody finished a walk of the guest's tables.
         mmio = result.outcome in (km.Outcome.MMIO, km.Outcome.INTERNAL_ERROR)
-        if not mmio or self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1:
+        if not mmio or (self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1):
             assert np.array_equal(self.ram, memory[0])
             if self.extra_slot is not None:
                 assert np.array_equal(self.extra, memory[self.extra_slot.gpa])
