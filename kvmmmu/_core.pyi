@@ -1,5 +1,6 @@
 """Types of the extension's Python side."""
 
+from collections.abc import Callable
 from typing import Any, Self, SupportsIndex, TypedDict, final
 
 import numpy as np
@@ -187,6 +188,12 @@ class VmCore(VmHandle):
     def total_pages(self) -> int: ...
     @property
     def max_mmu_pages(self) -> int: ...
+    def set_nr_mmu_pages(self, pages: int) -> bool: ...
+    def set_manual_protect(self, bits: int) -> None: ...
+    def dirty_get(self, slot: int, out: npt.NDArray[np.uint64]) -> int: ...
+    def dirty_clear(self, slot: int, first_page: int, npages: int, bits: npt.NDArray[np.uint64]) -> int: ...
+    def host_pages(self, slot: int, first_page: int, npages: int, untouched: bool) -> None: ...
+    def host_store(self, gpa: int, data: bytes, as_id: int) -> None: ...
     def snapshot(self) -> npt.NDArray[np.uint64]: ...
     @property
     def mmu_valid_gen(self) -> int: ...
@@ -248,13 +255,31 @@ class VcpuCore(VcpuHandle):
         gva: SupportsIndex,
         kind: str | int = ...,
         cpl: SupportsIndex | None = ...,
-        size: int = ...,
+        size: SupportsIndex = ...,
         value: SupportsIndex | None = ...,
         implicit: bool = ...,
     ) -> AccessResult: ...
     def move(
         self, gva: int, size: int, data: bytes | None, cpl: int, write: bool
     ) -> tuple[AccessResult, bytes]: ...
+    def run_insn(
+        self,
+        op: int,
+        gva: SupportsIndex,
+        size: int,
+        value: SupportsIndex,
+        expected: SupportsIndex,
+        src: SupportsIndex,
+        code_gva: SupportsIndex,
+        code_size: int,
+        cpl: int,
+        split_rmw: bool,
+        refetch: bool,
+        vectoring: int,
+        mmio_read: Callable[[int, int], bytes],
+    ) -> tuple[AccessResult, int, list[tuple[bool, int, int, int]], int]: ...
+    def fetch_software(self, code_gva: int, code_size: int) -> tuple[AccessResult, int]: ...
+    def trace_injection(self, vector: int, has_error: bool, error_code: int) -> None: ...
     def mmio_offsets(self, result: AccessResult) -> list[int]: ...
     def access_into(
         self,
@@ -273,4 +298,6 @@ class VcpuCore(VcpuHandle):
 
 TREE_PAGE_DTYPE: np.dtype[np.void]
 
-def tree_copy_of(core: VcpuCore, everything: bool, previous: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint64]]: ...
+def tree_copy_of(
+    core: VcpuCore, everything: bool, previous: int
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint64]]: ...

@@ -43,13 +43,18 @@ class _Address(click.ParamType[int]):
 
 
 class _Commands(click.Group):
-    """Turns the package's named errors into one line and exit status 2."""
+    """Turns bad arguments and the package's named errors into one line and exit status 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (KvmmmuError, OverflowError) as error:
-            click.echo(f"kvmmmu: {' '.join(str(error).split())}", err=True)
+        except click.UsageError as error:
+            command = "" if error.ctx is None or error.ctx is ctx else f" {error.ctx.info_name}"
+            message = " ".join(error.format_message().split()).rstrip(".")
+            click.echo(f"kvmmmu: {message}; see kvmmmu{command} --help", err=True)
+            ctx.exit(BAD_INPUT)
+        except (KvmmmuError, OverflowError, MemoryError) as error:
+            click.echo(f"kvmmmu: {' '.join(str(error).split()) or 'out of memory'}", err=True)
             ctx.exit(BAD_INPUT)
         except BrokenPipeError:
             raise

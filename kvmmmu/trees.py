@@ -130,8 +130,9 @@ class PageTables:
         """See the class."""
         start: dict[int, int] = {}
         pages = []
-        names = ("id", "level", "gfn", "role", "unsync", "root_count", "unsync_children", "write_flooding")
-        names += ("valid_gen", "nx_disallowed", "tdp", "special", "reached")
+        names = ["id", "level", "gfn", "role", "unsync", "root_count", "unsync_children", "write_flooding"]
+        names += ["valid_gen", "nx_disallowed", "tdp", "special", "reached"]
+        fields = ["write_flooding_count" if name == "write_flooding" else name for name in names]
         flags = {"unsync", "nx_disallowed", "tdp", "special", "reached"}
         columns = [self.records[name].astype(bool if name in flags else object).tolist() for name in names]
         for row, values in enumerate(zip(*columns, strict=True)):
@@ -140,7 +141,7 @@ class PageTables:
             for entry in entries:
                 if entry.kind == "table":
                     start.setdefault(entry.ref, entry.address)
-            pages.append(TablePage(*values, entries))
+            pages.append(TablePage(**dict(zip(fields, values, strict=True)), entries=entries))
         return tuple(pages)
 
     def _entries(self, row: int, level: int, special: bool, base: int) -> tuple[TableEntry, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from kvmmmu._arguments import column_u64, index_in, index_u64
+from kvmmmu._arguments import bytes_of, column_u64, index_in, index_u64
 from kvmmmu._core import AccessResult, VcpuCore
 from kvmmmu.cpu import GuestCpu
 from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
@@ -293,7 +293,7 @@ class VCpu(VcpuCore):
         Accesses before a faulting one have taken place, as with a real string of stores.
         """
         at, level = index_u64("gva", gva), self._cpl(cpl)
-        rest = bytes(data)
+        rest = bytes_of("data", data)
         while rest:
             part, rest = rest[:_PIECE], rest[_PIECE:]
             result, _ = self.move(at, len(part), part, level, True)
@@ -500,6 +500,9 @@ class VCpu(VcpuCore):
         ReplayTotals
         """
         c = columns
+        for name in ("a", "b", "c", "kind", "size", "flags", "cpl"):
+            if not hasattr(c, name):
+                raise TypeError(f"columns must have the columns of a trace: {type(c).__name__} has no {name!r}")
         t = self.replay_into(c.a, c.b, c.c, c.kind, c.size, c.flags, c.cpl, values, stop_after)
         first = None
         if t["what"]:

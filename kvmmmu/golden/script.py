@@ -192,7 +192,8 @@ def _flags(value: Any, where: str) -> int:
 def _slot(row: Any, where: str) -> SlotSpec:
     names = ("id", "gpa", "size", "back", "boff")
     row = fields(row, where, {*names, "flags"})
-    return SlotSpec(*(number(row[name], f"{where}: {name}") for name in names), _flags(row["flags"], where))
+    words = {name: number(row[name], f"{where}: {name}") for name in names}
+    return SlotSpec(**words, flags=_flags(row["flags"], where))
 
 
 def _store(row: Any, where: str) -> tuple[int, int, int]:
@@ -220,5 +221,8 @@ def _op(index: int, row: Any, where: str) -> Op:
         raise FormatError(f"{where}: cpl {args['cpl']}: expected 0 to 3")
     if args.get("size", 1) not in (1, 2, 4, 8) and row[0] in ("r", "w", "poke"):
         raise FormatError(f"{where}: size {args['size']}: expected 1, 2, 4 or 8")
-    raw = tuple(value if isinstance(value, str) and i in (0, 6) else f"{number(value, where):#x}" for i, value in enumerate(row))
+    raw = tuple(
+        value if isinstance(value, str) and i in (0, 6) else f"{number(value, where):#x}"
+        for i, value in enumerate(row)
+    )
     return Op(index, row[0], MappingProxyType(args), raw)

@@ -112,7 +112,7 @@ class Guest:
         self.data.clear()
         self.written.clear()
 
-    def end(self, what: str, **fields: str) -> NoReturn:
+    def end(self, what: str, /, **fields: str) -> NoReturn:
         """Finish the operation."""
         self.out.append((what, fields))
         raise _End
@@ -362,7 +362,7 @@ class Guest:
             if self.extra:
                 fields["rbx"] = f"{self.registers['rbx']:x}"
             self.end("ok", **fields)
-        if stubs.FAULT_PORT <= instruction.number:
+        if instruction.number >= stubs.FAULT_PORT:
             self.end("exc", **self.fault)
         raise UnknownInstruction(f"out to port {instruction.number:#x}")
 
@@ -396,7 +396,7 @@ class Guest:
             if pending == _DF:
                 self.shutdown()
             # Of two faults a page fault makes a double fault only of another page fault (SDM vol. 3A table 6-5).
-            if pending == _PF or done.outcome == Outcome.GP and pending == _GP:
+            if pending == _PF or (done.outcome == Outcome.GP and pending == _GP):
                 vector = _DF
                 self.fault = {"exc": str(_DF), "err": "0", "ip": self.fault["ip"]}
             else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from errno import EINVAL
+from types import MappingProxyType
+from typing import Final, Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,6 +14,11 @@ from kvmmmu.golden import Script
 from kvmmmu.vm import VM
 
 __all__ = ["Host"]
+
+#: The largest page of the host, by how a block of memory is backed.
+_PAGE_SIZES: Final[MappingProxyType[str, Literal["4K", "2M"]]] = MappingProxyType(
+    {"4k": "4K", "thp": "2M", "lazy": "4K"}
+)
 
 _PAGE = 4096
 
@@ -83,7 +91,7 @@ class Host:
     def set_slot(self, number: int, gpa: int, size: int, back: int, offset: int, flags: int) -> int:
         """KVM_SET_USER_MEMORY_REGION."""
         memory = self.backs[back][offset : offset + size] if size else None
-        how = {"4k": "4K", "thp": "2M", "lazy": "4K"}[self.script.backs[back].how]
+        how = _PAGE_SIZES[self.script.backs[back].how]
         try:
             self.vm.memslots.set_region(
                 number,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Final
 
 from kvmmmu.conform.golden.host import Host
@@ -48,7 +49,8 @@ def model_tree(tables: PageTables, host: Host) -> tuple[TablePage, ...]:
                 "wfc": page.write_flooding_count,
                 "nxdis": int(page.nx_disallowed),
             }
-        pages.append(TablePage(number[page.id], page.level, values, tuple(entries)))
+        fields = None if values is None else MappingProxyType(values)
+        pages.append(TablePage(number[page.id], page.level, fields, tuple(entries)))
     return tuple(pages)
 
 
