@@ -15,7 +15,7 @@ __all__ = ["ARITHMETIC", "SHIFTS", "Instruction", "UndefinedInstruction", "Unkno
 MAX_LENGTH: Final = 15
 ARITHMETIC: Final = ("add", "or", "adc", "sbb", "and", "sub", "xor", "cmp")
 SHIFTS: Final = ("rol", "ror", "rcl", "rcr", "shl", "shr", "shl", "sar")
-_REGISTERS: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi") + tuple(f"r{n}" for n in range(8, 16))
+_REGISTERS: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 # One-byte opcodes of 32-bit code that do not exist in 64-bit mode (SDM vol. 2D table A-2).
 _NOT_IN_LONG: Final = frozenset({0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0x27, 0x2F, 0x37, 0x3F, 0x60, 0x61, 0x82})
 
@@ -54,7 +54,8 @@ class Instruction:
     Attributes
     ----------
     name : str
-        mov, movzx, an arithmetic operation or shift, cmpxchg, movs, jump, invlpg, cr, wrmsr, push, pusha, out, hlt, nop.
+        mov, movzx, an arithmetic operation or shift, cmpxchg, movs, push, pusha, jump, invlpg, cr, wrmsr, out, hlt,
+        nop.
     length : int
         Bytes of code.
     size : int

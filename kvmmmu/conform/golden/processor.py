@@ -23,7 +23,7 @@ __all__ = ["Done", "Processor", "mmio_bytes"]
 _GP = 13
 _CR4_PCIDE = 1 << 17
 
-_OPERATIONS: Final = MappingProxyType({"r": "load", "w": "store", "x": "fetch", "add": "add", "cas": "cmpxchg", "movs": "movs"})
+_OPERATIONS: Final = MappingProxyType({"r": "load", "w": "store", "add": "add", "cas": "cmpxchg", "movs": "movs"})
 
 
 def mmio_bytes(_gpa: int, length: int) -> bytes:
@@ -139,10 +139,12 @@ class Processor:
 
     # -- registers
 
-    def set_sregs(self, **registers: int) -> None:
+    def set_sregs(
+        self, *, cr0: int | None = None, cr3: int | None = None, cr4: int | None = None, efer: int | None = None
+    ) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
         with self._pdptes.unseen():
-            self.vcpu.set_sregs(**registers)
+            self.vcpu.set_sregs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
 
     def mode(self, cpl: int, ac: bool) -> None:
         """The privilege level and RFLAGS.AC from now on."""
