@@ -192,7 +192,7 @@ class World(Machine):
             return km.Outcome.PF, walk.error_code, walk.gva
         paging.walk(gva, kind, cpl, ac=regs.ac, set_ad=True)
         slot = self.vm.memslots.at(walk.gpa)
-        if slot is None or kind == "w" and slot.readonly:
+        if slot is None or (kind == "w" and slot.readonly):
             if kind == "x":
                 return (km.Outcome.INTERNAL_ERROR,)
             return km.Outcome.MMIO, walk.gpa
@@ -222,11 +222,12 @@ class World(Machine):
                 self.vm.check(holes=True)
             self.vm.check()
             return
-        assert self.got(result) == wanted, f"{result}, expected {wanted}\n{self.vcpu.explain(gva, kind, cpl=cpl)}"
+        why = f"{result}, expected {wanted}\n{self.vcpu.explain(gva, kind, cpl=cpl)}"
+        assert self.got(result) == wanted, why
         # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D as it is;
         # under EPT and NPT KVM knows the gpa from the exit, and nobody finished a walk of the guest's tables.
         mmio = result.outcome in (km.Outcome.MMIO, km.Outcome.INTERNAL_ERROR)
-        if not mmio or self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1:
+        if not mmio or (self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1):
             assert np.array_equal(self.ram, memory[0])
             if self.extra_slot is not None:
                 assert np.array_equal(self.extra, memory[self.extra_slot.gpa])
