@@ -130,18 +130,30 @@ class PageTables:
         """See the class."""
         start: dict[int, int] = {}
         pages = []
-        names = ["id", "level", "gfn", "role", "unsync", "root_count", "unsync_children", "write_flooding"]
-        names += ["valid_gen", "nx_disallowed", "tdp", "special", "reached"]
-        fields = ["write_flooding_count" if name == "write_flooding" else name for name in names]
-        flags = {"unsync", "nx_disallowed", "tdp", "special", "reached"}
-        columns = [self.records[name].astype(bool if name in flags else object).tolist() for name in names]
-        for row, values in enumerate(zip(*columns, strict=True)):
-            number, level, special = values[0], values[1], values[11]
+        for row, record in enumerate(self.records):
+            number, level, special = int(record["id"]), int(record["level"]), bool(record["special"])
             entries = self._entries(row, level, special, start.get(number, 0))
             for entry in entries:
                 if entry.kind == "table":
                     start.setdefault(entry.ref, entry.address)
-            pages.append(TablePage(**dict(zip(fields, values, strict=True)), entries=entries))
+            pages.append(
+                TablePage(
+                    id=number,
+                    level=level,
+                    gfn=int(record["gfn"]),
+                    role=int(record["role"]),
+                    unsync=bool(record["unsync"]),
+                    root_count=int(record["root_count"]),
+                    unsync_children=int(record["unsync_children"]),
+                    write_flooding_count=int(record["write_flooding"]),
+                    valid_gen=int(record["valid_gen"]),
+                    nx_disallowed=bool(record["nx_disallowed"]),
+                    tdp=bool(record["tdp"]),
+                    special=special,
+                    reached=bool(record["reached"]),
+                    entries=entries,
+                )
+            )
         return tuple(pages)
 
     def _entries(self, row: int, level: int, special: bool, base: int) -> tuple[TableEntry, ...]:

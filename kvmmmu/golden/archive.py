@@ -54,8 +54,9 @@ class Archive:
         texts = {name for name in names if name.endswith(".json") and not name.endswith(_RESULT)}
         strangers = names - texts - {n + _RESULT for n in results} - {n + _EVENTS for n in events}
         if strangers:
-            expected = "NAME.json, NAME.result.json, NAME.events.txt"
-            raise FormatError(f"{path}: member {min(strangers)!r}: expected {expected}")
+            raise FormatError(
+                f"{path}: member {min(strangers)!r}: expected NAME.json, NAME.result.json, NAME.events.txt"
+            )
         if results != events:
             raise FormatError(f"{path}: {min(results ^ events)!r} has results or events, not both")
         if bool(results) == bool(texts):

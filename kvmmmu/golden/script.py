@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -13,7 +14,7 @@ __all__ = ["BACKINGS", "MODES", "OPERATIONS", "Back", "Op", "Script", "SlotSpec"
 
 MODES: Final = ("long", "pae", "p32", "flat")
 BACKINGS: Final = ("4k", "thp", "lazy")
-SLOT_FLAGS: Final = MappingProxyType({"0": 0, "log": 1, "ro": 2, "log,ro": 3, "ro,log": 3, "log|ro": 3, "ro|log": 3})
+SLOT_FLAGS: Final = MappingProxyType({"0": 0, "log": 1, "ro": 2})
 
 #: The arguments of every operation, in order.
 OPERATIONS: Final = MappingProxyType(
@@ -184,16 +185,18 @@ def _back(row: Any, where: str) -> Back:
 
 
 def _flags(value: Any, where: str) -> int:
-    if value not in SLOT_FLAGS:
-        raise FormatError(f"{where}: flags {value!r}: expected one of {', '.join(SLOT_FLAGS)}")
-    return SLOT_FLAGS[value]
+    words = re.split(r"[ ,+|]+", text(value, where))
+    unknown = [word for word in words if word not in SLOT_FLAGS]
+    if unknown:
+        raise FormatError(f"{where}: flags {value!r}: expected words from {', '.join(SLOT_FLAGS)}")
+    return sum(SLOT_FLAGS[word] for word in set(words))
 
 
 def _slot(row: Any, where: str) -> SlotSpec:
     names = ("id", "gpa", "size", "back", "boff")
     row = fields(row, where, {*names, "flags"})
-    words = {name: number(row[name], f"{where}: {name}") for name in names}
-    return SlotSpec(**words, flags=_flags(row["flags"], where))
+    values = {name: number(row[name], f"{where}: {name}") for name in names}
+    return SlotSpec(**values, flags=_flags(row["flags"], where))
 
 
 def _store(row: Any, where: str) -> tuple[int, int, int]:
@@ -221,8 +224,8 @@ def _op(index: int, row: Any, where: str) -> Op:
         raise FormatError(f"{where}: cpl {args['cpl']}: expected 0 to 3")
     if args.get("size", 1) not in (1, 2, 4, 8) and row[0] in ("r", "w", "poke"):
         raise FormatError(f"{where}: size {args['size']}: expected 1, 2, 4 or 8")
+    # Position 6 of a slot operation holds its flags as words.
     raw = tuple(
-        value if isinstance(value, str) and i in (0, 6) else f"{number(value, where):#x}"
-        for i, value in enumerate(row)
+        value if isinstance(value, str) and i in (0, 6) else f"{number(value, where):#x}" for i, value in enumerate(row)
     )
     return Op(index, row[0], MappingProxyType(args), raw)

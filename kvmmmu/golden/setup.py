@@ -68,9 +68,8 @@ def parse_setup(raw: bytes, where: str) -> Setup:
     width = re.match(r"(\d+) bits physical", found.get("address sizes", ""))
     vendors = {name.partition(".")[0] for name in parameters} - {"kvm"}
     if kernel is None or width is None or len(vendors) != 1 or "flags" not in found:
-        missing = "address sizes" if width is None else "flags or parameters of one vendor"
-        missing = "kernel" if kernel is None else missing
-        raise FormatError(f"{where}: {missing}: not found")
+        rest = "address sizes" if width is None else "flags or parameters of one vendor"
+        raise FormatError(f"{where}: {'kernel' if kernel is None else rest}: not found")
     return Setup(
         kernel=(int(kernel[1]), int(kernel[2])),
         vendor=vendors.pop().removeprefix("kvm_"),

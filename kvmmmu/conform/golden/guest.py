@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import NoReturn
 
 from kvmmmu.conform.golden import stubs
-from kvmmmu.conform.golden.arithmetic import compute
+from kvmmmu.conform.golden.executor import GP, PAGE, Executor
 from kvmmmu.conform.golden.host import Host
 from kvmmmu.conform.golden.instructions import (
-    ARITHMETIC,
     MAX_LENGTH,
-    SHIFTS,
     Instruction,
-    Memory,
-    Register,
     UndefinedInstruction,
     UnknownInstruction,
     decode,
@@ -26,23 +22,21 @@ __all__ = ["Guest", "Outcomes"]
 
 Outcomes = list[tuple[str, dict[str, str]]]
 
-_PAGE = 4096
-_UD, _DF, _GP, _PF = 6, 8, 13, 14
-_HAS_ERROR = frozenset({_DF, 10, 11, 12, _GP, _PF, 17})
-_KVM_EXIT_HLT, _KVM_EXIT_SHUTDOWN = 5, 8
+_UD, _DF, _PF = 6, 8, 14
+_HAS_ERROR = frozenset({_DF, 10, 11, 12, GP, _PF, 17})
+_KVM_EXIT_SHUTDOWN = 8
 _EMULATION, _DELIVERY = 1, 3
-# An operation is a few instructions; one that runs on through zeros is still finite.
 # Beyond a triple fault there is nothing: more deliveries than these make no progress.
 _MAX_DELIVERIES = 64
+# An operation is a few instructions; one that runs on through zeros is still finite.
 _MAX_STEPS = 1 << 20
-_ARITHMETIC = frozenset(ARITHMETIC + SHIFTS)
 
 
 class _End(Exception):
     """The operation is over."""
 
 
-class Guest:
+class Guest(Executor):
     """The one vCPU of a script.
 
     Parameters
@@ -53,25 +47,15 @@ class Guest:
     """
 
     def __init__(self, processor: Processor, host: Host, script: Script) -> None:
-        self.processor = processor
-        self.host = host
+        super().__init__(processor, host, script.long)
         self.script = script
-        self.long = script.long
-        self.mask = (1 << 64) - 1 if script.long else (1 << 32) - 1
-        self.cpl = 0
+        self.start = 0
         self.ac = False
         self.shut_down = False
         # An exception whose delivery failed waits for the next run.
         self.pending: int | None = None
         self.delivering: int | None = None
-        self.registers: dict[str, int] = {}
-        self.rip = 0
-        # Translations the processor still holds: emptied by every exit.  (page -> guest frame)
-        self.code: dict[int, int] = {}
-        self.data: dict[int, int] = {}
-        self.written: dict[int, int] = {}
         self.out: Outcomes = []
-        self.carry = 0
 
     # -- one operation
 
@@ -106,34 +90,25 @@ class Guest:
             self.out.append(("unsupported", {"what": str(error)}))
         return self.out
 
-    def flush(self) -> None:
-        """Nothing is cached by the processor any more."""
-        self.code.clear()
-        self.data.clear()
-        self.written.clear()
-
-    def end(self, what: str, /, **fields: str) -> NoReturn:
+    def end(self, outcome: str, **fields: str) -> NoReturn:
         """Finish the operation."""
-        self.out.append((what, fields))
+        self.out.append((outcome, fields))
         raise _End
 
     # -- instructions
 
     def step(self) -> None:
         """Fetch, decode and execute one instruction."""
-        code = self.fetch(self.rip, min(MAX_LENGTH, _PAGE - self.rip % _PAGE))
+        code = self.fetch(self.rip, min(MAX_LENGTH, PAGE - self.rip % PAGE))
         try:
             instruction = self.decode(code)
         except IndexError:
-            code += self.fetch((self.rip | (_PAGE - 1)) + 1 & self.mask, MAX_LENGTH - len(code))
+            code += self.fetch(((self.rip | (PAGE - 1)) + 1) & self.mask, MAX_LENGTH - len(code))
             try:
                 instruction = self.decode(code)
             except IndexError:
                 raise UnknownInstruction(f"code {code.hex(' ')} and nothing behind it") from None
-        if instruction.name in _ARITHMETIC:
-            self.arithmetic(instruction)
-        else:
-            getattr(self, "_" + instruction.name)(instruction)
+        self.execute(instruction)
 
     def decode(self, code: bytes) -> Instruction:
         """Decode, or raise #UD."""
@@ -144,15 +119,15 @@ class Guest:
 
     def fetch(self, rip: int, size: int) -> bytes:
         """Code bytes within a page."""
-        page = rip // _PAGE
+        page = rip // PAGE
         if page not in self.code:
             done = self.processor.fetch(rip, self.rip)
             if done.exits:
                 self.flush()
             self.check(done)
             assert done.gpa is not None
-            self.code[page] = done.gpa // _PAGE
-        return self.host.read(self.code[page] * _PAGE + rip % _PAGE, size)
+            self.code[page] = done.gpa // PAGE
+        return self.host.read(self.code[page] * PAGE + rip % PAGE, size)
 
     def check(self, done: Done) -> None:
         """Report MMIO, and turn anything but success into its end."""
@@ -168,7 +143,7 @@ class Guest:
         if done.outcome == Outcome.PF:
             self.raise_fault(_PF, done.error_code, done.gva)
         elif done.outcome == Outcome.GP:
-            self.raise_fault(_GP, 0)
+            self.raise_fault(GP, 0)
         elif done.outcome == Outcome.INTERNAL_ERROR:
             # KVM gives up for the kernel; a user program gets #UD.
             if self.cpl == 3 and done.suberror == _EMULATION:
@@ -180,191 +155,7 @@ class Guest:
             self.shutdown(by_processor=False)
         elif done.outcome == Outcome.HANG:
             self.end("hang")
-        self.end("error", what=f"{done.outcome.name} {done.error_code}")
-
-    def address(self, operand: Memory, instruction: Instruction) -> int:
-        """The effective address of a memory operand."""
-        at = operand.displacement
-        if operand.relative:
-            at += self.rip + instruction.length
-        if operand.base is not None:
-            at += self.registers[operand.base]
-        if operand.index is not None:
-            at += self.registers[operand.index] * operand.scale
-        return at & self.mask
-
-    def get(self, operand: Register | int, size: int) -> int:
-        """A register or constant, ``size`` bytes of it."""
-        value = operand if isinstance(operand, int) else self.registers[operand.name] >> (8 if operand.high else 0)
-        return int(value & (1 << 8 * size) - 1)
-
-    def put(self, operand: Register, size: int, value: int) -> None:
-        """Write a register: 32 bits clear the upper half, fewer leave the rest alone (SDM vol. 1 section 3.4.1.1)."""
-        if size < 4:
-            shift = 8 if operand.high else 0
-            mask = (1 << 8 * size) - 1 << shift
-            value = self.registers[operand.name] & ~mask | value << shift & mask
-        self.registers[operand.name] = value
-
-    def next(self, instruction: Instruction) -> None:
-        """Go on behind the instruction."""
-        self.rip = self.rip + instruction.length & self.mask
-
-    def access(self, kind: str, gva: int, size: int, instruction: Instruction, **how: int) -> Done:
-        """Make the instruction's access."""
-        done = self.processor.memory(kind, gva, size, self.rip, instruction.length, **how)
-        self.check(done)
-        if not done.emulated and done.gpa is not None and gva % _PAGE + size <= _PAGE:
-            self.data[gva // _PAGE] = done.gpa // _PAGE
-            if kind != "r":
-                self.written[gva // _PAGE] = done.gpa // _PAGE
-        return done
-
-    def cached(self, table: dict[int, int], gva: int, size: int) -> int | None:
-        """Where an address is by a translation the processor still holds."""
-        frame = table.get(gva // _PAGE)
-        return None if frame is None or gva % _PAGE + size > _PAGE else frame * _PAGE + gva % _PAGE
-
-    def load(self, operand: Register | Memory | int | None, size: int, instruction: Instruction) -> int:
-        """The value of an operand that is only read."""
-        if not isinstance(operand, Memory):
-            assert operand is not None
-            return self.get(operand, size)
-        gva = self.address(operand, instruction)
-        gpa = self.cached(self.data, gva, size)
-        if gpa is not None:
-            return int.from_bytes(self.host.read(gpa, size), "little")
-        return self.access("r", gva, size, instruction).value
-
-    def _mov(self, instruction: Instruction) -> None:
-        value = self.load(instruction.source, instruction.size, instruction)
-        if isinstance(instruction.dest, Memory):
-            gva = self.address(instruction.dest, instruction)
-            self.access("w", gva, instruction.size, instruction, value=value)
-        else:
-            assert instruction.dest is not None
-            self.put(instruction.dest, instruction.size, value)
-        self.next(instruction)
-
-    def _movzx(self, instruction: Instruction) -> None:
-        assert isinstance(instruction.dest, Register)
-        self.put(instruction.dest, instruction.size, self.load(instruction.source, instruction.number, instruction))
-        self.next(instruction)
-
-    def arithmetic(self, instruction: Instruction) -> None:
-        """One of the eight operations, or a shift."""
-        name, size, dest = instruction.name, instruction.size, instruction.dest
-        source = self.load(instruction.source, size, instruction)
-        if name == "cmp" or not isinstance(dest, Memory):
-            value, self.carry = compute(name, self.load(dest, size, instruction), source, size, self.carry)
-            if isinstance(dest, Register):
-                self.put(dest, size, value)
-            self.next(instruction)
-            return
-        gva = self.address(dest, instruction)
-        gpa = self.cached(self.written, gva, size)
-        if gpa is not None:
-            old = int.from_bytes(self.host.read(gpa, size), "little")
-            value, self.carry = compute(name, old, source, size, self.carry)
-            if value != old:
-                self.host.store(gpa, value.to_bytes(size, "little"))
-        elif name == "add":
-            self.access("add", gva, size, instruction, value=source)
-        else:
-            # The model knows additions: add nothing for what the access causes, then store the result.
-            done = self.access("add", gva, size, instruction)
-            if done.mmio or done.gpa is None:
-                raise UnknownInstruction(f"{name} of a device register")
-            old = int.from_bytes(self.host.read(done.gpa, size), "little")
-            value, self.carry = compute(name, old, source, size, self.carry)
-            if value != old:
-                self.access("w", gva, size, instruction, value=value)
-        self.next(instruction)
-
-    def _cmpxchg(self, instruction: Instruction) -> None:
-        assert isinstance(instruction.dest, Memory)
-        assert isinstance(instruction.source, Register)
-        size = instruction.size
-        old = self.get(Register("rax"), size)
-        gva = self.address(instruction.dest, instruction)
-        done = self.access("cas", gva, size, instruction, value=self.get(instruction.source, size), old=old)
-        if done.value != old:
-            self.put(Register("rax"), size, done.value)
-        self.next(instruction)
-
-    def _movs(self, instruction: Instruction) -> None:
-        src, dst = self.registers["rsi"], self.registers["rdi"]
-        done = self.processor.memory("movs", dst, instruction.size, self.rip, instruction.length, src=src)
-        self.check(done)
-        self.next(instruction)
-
-    def _nop(self, instruction: Instruction) -> None:
-        self.next(instruction)
-
-    def _push(self, instruction: Instruction) -> None:
-        self.push(self.load(instruction.source, instruction.size, instruction), instruction)
-        self.next(instruction)
-
-    def _pusha(self, instruction: Instruction) -> None:
-        stack = self.registers["rsp"]
-        for name in ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"):
-            value = stack if name == "rsp" else self.registers[name]
-            self.push(value & (1 << 8 * instruction.size) - 1, instruction)
-        self.next(instruction)
-
-    def push(self, value: int, instruction: Instruction) -> None:
-        """Put a value on the stack."""
-        gva = self.registers["rsp"] - instruction.size & self.mask
-        self.access("w", gva, instruction.size, instruction, value=value)
-        self.registers["rsp"] = gva
-
-    def _jump(self, instruction: Instruction) -> None:
-        assert isinstance(instruction.source, Register)
-        self.rip = self.registers[instruction.source.name]
-
-    def _invlpg(self, instruction: Instruction) -> None:
-        if self.cpl:
-            self.raise_fault(_GP, 0)
-        assert isinstance(instruction.source, Memory)
-        gva = self.address(instruction.source, instruction)
-        self.check(self.processor.invlpg(gva, self.rip, instruction.length))
-        for table in (self.code, self.data, self.written):
-            table.pop(gva // _PAGE, None)
-        self.next(instruction)
-
-    def _cr(self, instruction: Instruction) -> None:
-        assert isinstance(instruction.source, Register)
-        self.register(f"cr{instruction.number}", self.registers[instruction.source.name], instruction)
-
-    def _wrmsr(self, instruction: Instruction) -> None:
-        value = self.registers["rax"] & 0xFFFFFFFF | (self.registers["rdx"] & 0xFFFFFFFF) << 32
-        self.register("efer", value, instruction)
-
-    def register(self, name: str, value: int, instruction: Instruction) -> None:
-        """Load a control register or EFER."""
-        if self.cpl:
-            self.raise_fault(_GP, 0)
-        done = self.processor.load_register(name, value, self.rip, instruction.length)
-        self.flush()
-        self.check(done)
-        self.next(instruction)
-
-    def _hlt(self, instruction: Instruction) -> None:
-        if self.cpl:
-            self.raise_fault(_GP, 0)
-        self.processor.halt(self.rip, instruction.length)
-        self.end("exit", exit=str(_KVM_EXIT_HLT))
-
-    def _out(self, instruction: Instruction) -> None:
-        self.processor.out(self.rip, instruction.number)
-        if instruction.number == stubs.DONE_PORT:
-            fields = {"rax": f"{self.registers['rax']:x}"}
-            if self.extra:
-                fields["rbx"] = f"{self.registers['rbx']:x}"
-            self.end("ok", **fields)
-        if instruction.number >= stubs.FAULT_PORT:
-            self.end("exc", **self.fault)
-        raise UnknownInstruction(f"out to port {instruction.number:#x}")
+        self.end("error", why=f"{done.outcome.name} {done.error_code}")
 
     # -- exceptions
 
@@ -396,11 +187,11 @@ class Guest:
             if pending == _DF:
                 self.shutdown()
             # Of two faults a page fault makes a double fault only of another page fault (SDM vol. 3A table 6-5).
-            if pending == _PF or (done.outcome == Outcome.GP and pending == _GP):
+            if pending == _PF or (done.outcome == Outcome.GP and pending == GP):
                 vector = _DF
                 self.fault = {"exc": str(_DF), "err": "0", "ip": self.fault["ip"]}
             else:
-                vector = _PF if done.outcome == Outcome.PF else _GP
+                vector = _PF if done.outcome == Outcome.PF else GP
                 self.fault = {"exc": str(vector), "err": f"{done.error_code:x}", "ip": self.fault["ip"]}
                 if vector == _PF:
                     self.fault["cr2"] = f"{done.gva:x}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from errno import EINVAL
-from types import MappingProxyType
-from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +12,6 @@ from kvmmmu.golden import Script
 from kvmmmu.vm import VM
 
 __all__ = ["Host"]
-
-#: The largest page of the host, by how a block of memory is backed.
-_PAGE_SIZES: Final[MappingProxyType[str, Literal["4K", "2M"]]] = MappingProxyType(
-    {"4k": "4K", "thp": "2M", "lazy": "4K"}
-)
 
 _PAGE = 4096
 
@@ -91,7 +84,7 @@ class Host:
     def set_slot(self, number: int, gpa: int, size: int, back: int, offset: int, flags: int) -> int:
         """KVM_SET_USER_MEMORY_REGION."""
         memory = self.backs[back][offset : offset + size] if size else None
-        how = _PAGE_SIZES[self.script.backs[back].how]
+        huge = self.script.backs[back].how == "thp"
         try:
             self.vm.memslots.set_region(
                 number,
@@ -99,7 +92,7 @@ class Host:
                 gpa=gpa,
                 size=size,
                 memory=memory,
-                page_size=how if size else None,
+                page_size=None if not size else "2M" if huge else "4K",
                 pfn_offset=(offset // _PAGE) & 511 if size else 0,
             )
         except MemslotError as error:

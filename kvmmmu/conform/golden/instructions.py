@@ -54,7 +54,7 @@ class Instruction:
     Attributes
     ----------
     name : str
-        mov, movzx, an arithmetic operation or shift, cmpxchg, movs, jump, invlpg, cr, wrmsr, push, pusha, out, hlt,
+        mov, movzx, an arithmetic operation or shift, cmpxchg, movs, push, pusha, jump, invlpg, cr, wrmsr, out, hlt,
         nop.
     length : int
         Bytes of code.

@@ -23,9 +23,7 @@ __all__ = ["Done", "Processor", "mmio_bytes"]
 _GP = 13
 _CR4_PCIDE = 1 << 17
 
-_OPERATIONS: Final = MappingProxyType(
-    {"r": "load", "w": "store", "x": "fetch", "add": "add", "cas": "cmpxchg", "movs": "movs"}
-)
+_OPERATIONS: Final = MappingProxyType({"r": "load", "w": "store", "add": "add", "cas": "cmpxchg", "movs": "movs"})
 
 
 def mmio_bytes(_gpa: int, length: int) -> bytes:

@@ -19,6 +19,7 @@ from kvmmmu.conform.golden.trees import model_tree, trees_differ
 from kvmmmu.conform.report import FileReport
 from kvmmmu.errors import FormatError
 from kvmmmu.golden import Archive, OpEvents, Result, Script, parse_events, parse_result, parse_script, parse_setup
+from kvmmmu.golden.results import TablePage
 from kvmmmu.vm import VM
 
 __all__ = ["Machine", "Tally", "check", "compare"]
@@ -61,8 +62,11 @@ class Machine:
     def counters(self) -> dict[str, int]:
         """Every counter by the name recordings give it."""
         own = self.vcpu.stats
-        return {f"vm.{name}" if name not in own else name: count for name, count in self.vm.stats.items()
-                if name not in _OWN}
+        return {
+            f"vm.{name}" if name not in own else name: count
+            for name, count in self.vm.stats.items()
+            if name not in _OWN
+        }
 
     def run(self, index: int) -> tuple[Outcomes, dict[str, int], list[str]]:
         """Run operation ``index``: outcomes, changes of counters, lines of tracepoints."""

@@ -9,8 +9,21 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["CODE_SELECTOR", "DONE_PORT", "FAULT_PORT", "GDT", "IDT", "STACK", "STUBS", "TSS"]
-__all__ += ["stub_at", "sys_page", "usr_page"]
+__all__ = [
+    "CODE_SELECTOR",
+    "DONE_PORT",
+    "FAULT_PORT",
+    "GDT",
+    "HANDLERS",
+    "IDT",
+    "STACK",
+    "STUBS",
+    "STUB_SIZE",
+    "TSS",
+    "stub_at",
+    "sys_page",
+    "usr_page",
+]
 
 STUB_SIZE: Final = 32
 HANDLERS: Final = 0x400

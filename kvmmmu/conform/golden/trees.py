@@ -17,7 +17,6 @@ _ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _SHADOW_AD: Final = 1 << 5 | 1 << 6
 _EPT_AD: Final = 1 << 8 | 1 << 9
 _ROOT_ACCESSED: Final = 1 << 5
-_WRITABLE: Final = 1 << 1
 
 _Row = tuple[int, int, str, str]
 
@@ -38,19 +37,20 @@ def model_tree(tables: PageTables, host: Host) -> tuple[TablePage, ...]:
             entries.append(TableEntry(entry.index, entry.address, spte, entry.kind, ref))
         values = None
         if not page.special:
-            values = {
-                "gfn": page.gfn,
-                "role": page.role,
-                "tdp": int(page.tdp),
-                "unsync": int(page.unsync),
-                "gen": page.valid_gen,
-                "root_count": page.root_count,
-                "unsync_children": page.unsync_children,
-                "wfc": page.write_flooding_count,
-                "nxdis": int(page.nx_disallowed),
-            }
-        fields = None if values is None else MappingProxyType(values)
-        pages.append(TablePage(number[page.id], page.level, fields, tuple(entries)))
+            values = MappingProxyType(
+                {
+                    "gfn": page.gfn,
+                    "role": page.role,
+                    "tdp": int(page.tdp),
+                    "unsync": int(page.unsync),
+                    "gen": page.valid_gen,
+                    "root_count": page.root_count,
+                    "unsync_children": page.unsync_children,
+                    "wfc": page.write_flooding_count,
+                    "nxdis": int(page.nx_disallowed),
+                }
+            )
+        pages.append(TablePage(number[page.id], page.level, values, tuple(entries)))
     return tuple(pages)
 
 
@@ -99,11 +99,6 @@ def _entries_differ(left: TablePage, right: TablePage, mask: int, unnamed: bool)
         if a.get(index) != b.get(index):
             return f"entry {index}: expected {_entry(a.get(index))}; got {_entry(b.get(index))}"
     return None
-
-
-def _unnamed(row: _Row | None) -> bool:
-    """The recording could not name the frame: no host maps its zero page writable."""
-    return row is not None and row[3] == "zero" and bool(row[1] & _WRITABLE)
 
 
 def _row(entry: TableEntry, mask: int) -> _Row:
