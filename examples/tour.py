@@ -26,7 +26,7 @@ def build_tables(ram: np.ndarray) -> None:  # type: ignore[type-arg]
 
 
 def main() -> None:
-    """Take the tour."""
+    """Walk through it, step by step."""
     ram = np.zeros(2 << 20, np.uint8)
     build_tables(ram)
 

@@ -623,7 +623,8 @@ def record_layouts():
         ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
         ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
         ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
-        ("path", "u1", <size_t>&x.path - <size_t>&x), ("size", "u1", <size_t>&x.size - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
+        ("path", "u1", <size_t>&x.path - <size_t>&x), ("size", "u1", <size_t>&x.size - <size_t>&x),
+        ("exits", "u4", <size_t>&x.exits - <size_t>&x),
     )]
     return {
         "access": (access, sizeof(Access)),

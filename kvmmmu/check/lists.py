@@ -48,8 +48,6 @@ def hash_chains(s: Snapshot) -> Iterator[Violation]:
     """Every page of the shadow MMU is in the chain of its gfn once, zapped roots too; nothing else is in a chain."""
     name = "hash"
     seen = set[int]()
-    # A zapped page leaves its chain when it is freed, and a root is freed by its last user.
-    held = s.valid | (s.shadow & (s.pages["root_count"] != 0))
     for bucket in np.flatnonzero(s.hash).tolist():
         before, at = 0, int(s.hash[bucket])
         while at and at not in seen and at < s.top:
