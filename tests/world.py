@@ -223,7 +223,7 @@ class World(Machine):
             return
         why = f"{result}, expected {wanted}\n{self.vcpu.explain(gva, kind, cpl=cpl)}"
         assert self.got(result) == wanted, why
-        # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D as it is;
+        # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D;
         # under EPT and NPT KVM knows the gpa from the exit, and nobody finished a walk of the guest's tables.
         mmio = result.outcome in (km.Outcome.MMIO, km.Outcome.INTERNAL_ERROR)
         if not mmio or (self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1):
