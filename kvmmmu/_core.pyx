@@ -713,7 +713,7 @@ from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
 from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
-from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
+from kvmmmu.engine.reserve cimport arena_discard, vm_memory_free, vm_memory_init
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
 from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_reset, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
@@ -829,7 +829,8 @@ cdef class VmCore(VmHandle):
         self.next_token = 1
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
-         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57) = host
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
+         vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
         vm.switches.nx_huge_pages = nx_huge_pages
@@ -890,6 +891,7 @@ cdef class VmCore(VmHandle):
         slots_lock(self.vm)
         vm_slots_free(self.vm)
         slots_unlock(self.vm)
+        arena_discard(&self.vm.arena)
         self.exports.clear()
 
     @property

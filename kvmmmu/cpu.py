@@ -125,9 +125,17 @@ class HostCpu:
         Address width of the L1 cache, for ``l1tf``; ``phys_bits`` by default.
     ept_ad, ept_exec_only, ept_1g, ept_2m : bool
         EPT capabilities: A/D bits, execute-only entries, large pages.
+    ept_checks_updates : bool
+        With EPT A/D off, setting A or D in a guest table needs W in EPT, as the SDM has it; some emulators
+        do not ask.
     vendor : {"intel", "amd"}
     la57 : bool
         Five-level tables.
+    ad_first : bool
+        Under EPT and NPT the guest's accessed and dirty bits are set before the address itself is translated, so
+        that they stay set when that faults; manuals leave the order open.
+    rsvd_alone : bool
+        Reserved-bit page faults lack P in their error code (some emulators; SDM vol. 3A section 4.7 says otherwise).
 
     Raises
     ------
@@ -146,8 +154,11 @@ class HostCpu:
     ept_exec_only: bool = True
     ept_1g: bool = True
     ept_2m: bool = True
+    ept_checks_updates: bool = True
     vendor: str = "intel"
     la57: bool = False
+    ad_first: bool = False
+    rsvd_alone: bool = False
 
     def __post_init__(self) -> None:
         _check_bits("HostCpu", "maxphyaddr", self.maxphyaddr, 36, 52)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kvmmmu._core import VCPU_STATS_ORDER, VM_STATS_ORDER, VcpuCore, VmCore
+from kvmmmu._core import VCPU_STATS_ORDER, VM_STATS_ORDER, VmCore
 
 __all__ = ["VCpuStats", "VmStats"]
 
@@ -42,11 +42,13 @@ class VmStats(Mapping[str, int]):
 class VCpuStats(Mapping[str, int]):
     """Counters of one vCPU; read-only and live."""
 
-    def __init__(self, core: VcpuCore) -> None:
+    def __init__(self, core: VmCore, vcpu_id: int) -> None:
+        # Not the vCPU itself: a circle would keep the VM and its memory until the garbage collector comes by.
         self._core = core
+        self._id = vcpu_id
 
     def __getitem__(self, name: str) -> int:
-        return self._core.core.vcpu_stats(self._core.id)[_VCPU_INDEX[name]]
+        return self._core.vcpu_stats(self._id)[_VCPU_INDEX[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(VCPU_STATS_ORDER)

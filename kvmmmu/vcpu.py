@@ -131,7 +131,7 @@ class VCpu(VcpuCore):
     def __init__(self, core: object, model: object, vm: VM, cpu: GuestCpu) -> None:
         self.vm = vm
         self.cpu = cpu
-        self.stats = VCpuStats(self)
+        self.stats = VCpuStats(self.core, self.id)
 
     # -- registers
 

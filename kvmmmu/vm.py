@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self, get_args
+from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +104,8 @@ class VM:
         self.mmio = Mmio()
         self.stats = VmStats(self._core)
         self.events = Events(self._core)
-        self._vcpus: list[VCpu] = []
+        # Weak: a vCPU holds its VM, and a circle would keep both until the garbage collector comes by.
+        self._vcpus: list[ReferenceType[VCpu]] = []
 
     @property
     def mmu(self) -> Mmu:
@@ -144,7 +146,7 @@ class VM:
         if not isinstance(guest, GuestCpu):
             raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
         vcpu = VCpu(self._core, guest.model(), self, guest)
-        self._vcpus.append(vcpu)
+        self._vcpus.append(ref(vcpu))
         return vcpu
 
     def page_tables(
@@ -174,9 +176,10 @@ class VM:
             The VM was closed.
         """
         if vcpu is None:
-            if len(self._vcpus) != 1:
-                raise ArgumentError(f"vcpu is not given and the VM has {len(self._vcpus)} vCPUs")
-            vcpu = self._vcpus[0]
+            vcpus = [alive for alive in (weak() for weak in self._vcpus) if alive is not None]
+            if len(vcpus) != 1:
+                raise ArgumentError(f"vcpu is not given and the VM has {len(vcpus)} vCPUs")
+            vcpu = vcpus[0]
         if vcpu.vm is not self:
             raise ArgumentError("vcpu belongs to another VM")
         if previous is not None:
@@ -350,4 +353,7 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ept_2m,
         host.vendor == "amd",
         host.la57,
+        host.ad_first,
+        host.ept_checks_updates,
+        host.rsvd_alone,
     )

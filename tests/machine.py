@@ -99,7 +99,7 @@ class Machine:
         return self.free - 4096
 
     def new_space(self) -> int:
-        """An empty top table; its address goes into CR3.  PAE paging loads the PDPTEs, so they stand there from the start."""
+        """An empty top table, for CR3.  PAE paging loads the PDPTEs with it, so they stand there from the start."""
         table = self.new_table()
         if self.mode is PAE3:
             for i in range(4):
@@ -120,7 +120,9 @@ class Machine:
             table = self.peek(where) & 0x000F_FFFF_FFFF_F000
         raise AssertionError(f"no level {level}")
 
-    def map(self, gva: int, gpa: int, bits: int = USER, *, level: int = 1, upper: int = USER, cr3: int | None = None) -> int:
+    def map(
+        self, gva: int, gpa: int, bits: int = USER, *, level: int = 1, upper: int = USER, cr3: int | None = None
+    ) -> int:
         """Lay out a mapping; returns where its entry stands."""
         for at in range(self.mode.levels, level, -1):
             where = self.entry_gpa(gva, at, cr3)

@@ -73,6 +73,7 @@ cdef struct Paging:
     uint8_t pdpte_in_memory  # PAE without PDPTE registers (SVM nested paging)
     uint8_t pke
     uint8_t wp
+    uint8_t ad_first     # of a nested walk: guest A/D bits are set before the address itself is translated
     # as the second dimension of a nested walk:
     uint64_t table_access  # how a guest table entry is read
     uint64_t update_access  # how its A/D bits are written where table_access does not say so, else 0
@@ -142,6 +143,7 @@ cdef inline void paging_clear(Paging *p, int format, int levels, int dialect) no
     p.pdpte_in_memory = 0
     p.pke = 0
     p.wp = 0
+    p.ad_first = 0
     p.table_access = 0
     p.update_access = 0
     p.final_access = 0

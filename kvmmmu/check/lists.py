@@ -45,7 +45,7 @@ def active_list(s: Snapshot) -> Iterator[Violation]:
 
 
 def hash_chains(s: Snapshot) -> Iterator[Violation]:
-    """Every valid page is in the chain of its gfn once; nothing else is in a chain."""
+    """Every page of the shadow MMU is in the chain of its gfn once, zapped roots too; nothing else is in a chain."""
     name = "hash"
     seen = set[int]()
     for bucket in np.flatnonzero(s.hash).tolist():
@@ -58,14 +58,14 @@ def hash_chains(s: Snapshot) -> Iterator[Violation]:
                 yield Violation(name, _page(at), f"is in bucket {bucket}, expected {wanted}")
             if page["hash_prev"] != before:
                 yield Violation(name, _page(at), f"hash_prev is {page['hash_prev']}, expected {before}")
-            if not s.valid[at]:
-                yield Violation(name, _page(at), "is not a valid page, expected out of the hash")
+            if not s.shadow[at]:
+                yield Violation(name, _page(at), "is free or not of the shadow MMU, expected out of the hash")
             before, at = at, int(page["hash_next"])
         if at:
             yield Violation(name, _page(at), "is in two chains, closes a circle or is outside the arena")
-    for number in np.flatnonzero(s.valid).tolist():
+    for number in np.flatnonzero(s.shadow).tolist():
         if number not in seen:
-            yield Violation(name, _page(number), "is valid, expected in the hash")
+            yield Violation(name, _page(number), "is in use, expected in the hash")
 
 
 def free_list(s: Snapshot) -> Iterator[Violation]:

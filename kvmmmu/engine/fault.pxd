@@ -132,7 +132,7 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
         if new_ == spte or not spte_permits(&vm.masks, new_, f.write, f.fetch):
             break
         if cmpxchg_u64(sptep, spte, new_):
-            if spte_writable(new_) and not spte_writable(spte):
+            if f.slot != NULL and spte_writable(new_) and not spte_writable(spte):
                 slot_mark_dirty(f.slot, f.gfn)
             ret = RET_PF_FIXED
             break
@@ -203,6 +203,9 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.gfn = f.addr >> 12
     f.slot = vcpu_slot(vcpu, f.gfn)
     f.access = ACC_ALL
+    if f.addr & vcpu.hw.va_limit:
+        # The tables are not deep enough for this address: an entry made for it would be another address's.
+        return RET_PF_EMULATE
     f.max_level = host_max_level(vm) if vm.mmu else <int>LEVEL_2M
     if fault_write_tracked(f):
         return RET_PF_EMULATE
@@ -289,9 +292,11 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
     cdef Fault f
     cdef int ret = RET_PF_INVALID
     cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
+    vcpu.mmio_hit = 0
     if error_code & PFERR_RSVD:
         ret = handle_mmio_fault(vcpu, address)
         if ret == RET_PF_EMULATE:
+            vcpu.mmio_hit = 1
             return ret
     if ret == RET_PF_INVALID:
         f.addr = address

@@ -130,6 +130,12 @@ cdef inline void exits_add(Insn *insn, const Access *out, uint64_t data, bint wr
         insn.n_exits += 1
 
 
+cdef inline int last_piece(uint64_t gva, int size) noexcept nogil:
+    """Bytes of an operand in the last page it touches: what the event about a pending read shows."""
+    cdef int first = 4096 - <int>(gva & 4095)
+    return size - first if first < size else size
+
+
 cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t known_gpa, uint64_t *memory,
                              Access *out) noexcept nogil:
     """Read an operand; a completed MMIO read is taken as it came back."""
@@ -147,7 +153,7 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, out.mmio_size[0], insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, last_piece(gva, insn.size), insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT
@@ -234,6 +240,7 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     # An event that was being delivered is forgotten once an instruction is emulated.
     vcpu.vectoring = 0
     if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
         inject_guest_fault(vcpu, vcpu.rip, out)
         return False
     host = guest_host(vcpu, vcpu.walk.gpa)
@@ -322,14 +329,13 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
             insn.known = known != ALL_ONES
             insn.known_gpa = known
             out.path = PATH_EMULATED
-            # A fault served by the record of the last MMIO page, or by an mmio spte, is never retried.
             if vcpu.root_role & ROLE_DIRECT:
                 cached = mmio_match_gpa(vcpu, address)
             else:
                 cached = mmio_match_gva(vcpu, address)
             if not decode(vcpu, insn, out):
                 return
-            if not retry_instead(vcpu, insn, address, not cached):
+            if not retry_instead(vcpu, insn, address, not cached and not vcpu.mmio_hit):
                 emulate_run(vcpu, insn, out)
                 return
 

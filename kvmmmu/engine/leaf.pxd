@@ -139,19 +139,21 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
     cdef bint flush = False, mapped = False, refused
     cdef int ret = RET_PF_FIXED
 
-    if slot == NULL:
-        vcpu.stats[<int>VSTAT_PF_MMIO_SPTE_CREATED] += 1
-        leaf_mark_mmio(vcpu, index, gfn, access)
-        return RET_PF_EMULATE
-
     if spte_present(old):
         if not spte_is_last(old, level):
             parent_remove(vm, <int32_t>spte_pfn(old), index)
             flush = True
-        elif spte_pfn(old) != pfn:
+        elif slot == NULL or spte_pfn(old) != pfn:
+            # For MMIO too: the guest may have rewritten the entry of an unsync table without INVLPG.
             flush |= spte_drop(vm, index)
         else:
             mapped = True
+    if slot == NULL:
+        vcpu.stats[<int>VSTAT_PF_MMIO_SPTE_CREATED] += 1
+        leaf_mark_mmio(vcpu, index, gfn, access)
+        if flush:
+            flush_remote_tlbs(vm)
+        return RET_PF_EMULATE
     refused = leaf_make(vm, vcpu.id, sp, slot, access, gfn, pfn, spte_read(sptep), prefetch, True, host_writable,
                         &spte)
     if spte_read(sptep) == spte:

@@ -4,7 +4,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.memslots cimport slots_generation, vm_slots
-from kvmmmu.engine.state cimport MMIO_GENERATION, Vcpu
+from kvmmmu.engine.state cimport MMIO_UNGUARDED, MMIO_ZAP_ALL, Vcpu
 
 
 cdef inline uint64_t mmio_cache_generation(Vcpu *vcpu) noexcept nogil:
@@ -22,7 +22,8 @@ cdef inline void mmio_cache_fill(Vcpu *vcpu, uint64_t gva, uint64_t gfn, uint32_
     vcpu.mmio.generation = gen
 
 cdef inline bint mmio_cache_fresh(Vcpu *vcpu) noexcept nogil:
-    if vcpu.vm.switches.mmio_scheme != MMIO_GENERATION:
+    # The eras before generations did not stamp it.
+    if vcpu.vm.switches.mmio_scheme == MMIO_ZAP_ALL or vcpu.vm.switches.mmio_scheme == MMIO_UNGUARDED:
         return True
     return vcpu.mmio.generation == mmio_cache_generation(vcpu)
 

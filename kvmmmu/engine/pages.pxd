@@ -148,7 +148,7 @@ cdef inline void hash_del(Vm *vm, int32_t id) noexcept nogil:
     if sp.hash_next:
         page_at(vm, sp.hash_next).hash_prev = sp.hash_prev
     sp.hash_prev = 0
-    # hash_next stays: whoever walks the chain and zaps on the way goes on from here.
+    sp.hash_next = 0
 
 cdef inline int32_t gfn_first_page(Vm *vm, uint64_t gfn) noexcept nogil:
     """The newest valid page with a guest table at ``gfn``, or 0."""

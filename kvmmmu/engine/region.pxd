@@ -57,6 +57,9 @@ cdef inline void region_follow_quota(Vm *vm) noexcept nogil:
 cdef inline uint64_t vm_max_gfn(const Vm *vm) noexcept nogil:
     """The last gfn a slot may hold: what the second dimension translates, or 52 bits without one."""
     cdef int bits = 52 if vm.mmu == MMU_SHADOW else vm.host.maxphyaddr
+    # Four levels translate 48 bits.
+    if vm.mmu != MMU_SHADOW and not vm.host.la57 and bits > 48:
+        bits = 48
     return (<uint64_t>1 << (bits - 12)) - 1
 
 

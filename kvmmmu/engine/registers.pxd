@@ -14,7 +14,7 @@ from kvmmmu.engine.roots cimport (
     ROOTS_ALL, ROOT_CURRENT, context_reset, root_switch, roots_free,
 )
 from kvmmmu.engine.state cimport (
-    PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, Vcpu, Vm,
+    MMU_NPT, MMU_SHADOW, PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, Vcpu, Vm,
 )
 
 cdef enum:
@@ -78,7 +78,8 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if not cr3_legal(vcpu, value):
         return REG_GP
     if value != vcpu.regs.cr3 or is_pae_paging(vcpu):
-        if is_pae_paging(vcpu) and pdptrs_load(vcpu, value) != REG_OK:
+        # With nested paging SVM reads PDPTEs at each walk: loading CR3 does not look at them (APM vol. 2 section 15.25).
+        if is_pae_paging(vcpu) and pdptrs_load(vcpu, value) != REG_OK and vcpu.vm.mmu != MMU_NPT:
             return REG_GP
         if value != vcpu.regs.cr3:
             vcpu.regs.cr3 = value
@@ -138,6 +139,8 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
     cdef bint long_mode = (vcpu.regs.efer & EFER_LMA) != 0
     if long_mode and (not value & CR4_PAE or changed & CR4_LA57):
         return REG_GP
+    if vcpu.vm.mmu == MMU_SHADOW and value & CR4_PKE and vcpu.regs.pkru:
+        return REG_GP
     if value & CR4_PCIDE and changed & CR4_PCIDE:
         if not long_mode or vcpu.regs.cr3 & CR3_PCID_MASK:
             return REG_GP
@@ -177,6 +180,12 @@ cdef inline int set_sregs(Vcpu *vcpu, const CpuRegs *regs) noexcept nogil:
     cdef bint pae
     # LMA follows from the rest: any other value would give the two halves of the MMU different modes.
     if not mode_legal(regs.cr0, regs.cr4, regs.efer) or efer_with_lma(regs.cr0, regs.efer) != regs.efer:
+        return REG_GP
+    # KVM offers no protection keys with shadow paging: its own tables carry none.
+    if vcpu.vm.mmu == MMU_SHADOW and regs.cr4 & CR4_PKE and regs.pkru:
+        return REG_GP
+    # LMA is LME under paging, no more and no less.
+    if regs.efer != efer_with_lma(regs.cr0, regs.efer):
         return REG_GP
     vcpu.regs.cr0 = regs.cr0
     vcpu.regs.cr3 = regs.cr3

@@ -85,6 +85,7 @@ cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
         paging_init(&vcpu.guest_hw, &vcpu.regs, &vcpu.model, DIALECT_SDM)
         # SVM reads PDPTEs from memory at each walk; VMX has them in registers.
         vcpu.guest_hw.pdpte_in_memory = vcpu.vm.mmu == MMU_NPT
+        vcpu.guest_hw.ad_first = vcpu.vm.host.ad_first
 
 
 cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
@@ -105,6 +106,8 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     if vm.mmu == MMU_EPT:
         paging_init_ept(&vcpu.hw, (EPTP_AD if vm.masks.ad_enabled else 0) | <uint64_t>((level - 1) << 3) | 6, &model,
                         DIALECT_SDM)
+        if not vm.host.ept_checks_updates:
+            vcpu.hw.update_access = 0
         return
     # Shadow paging forces these whatever the guest runs with, so that every store KVM must see faults.
     regs.cr0 = CR0_PE | CR0_PG | CR0_WP

@@ -3,6 +3,7 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.paging cimport va_canonical
 from kvmmmu.engine.atomics cimport ld_acquire_u32
 from kvmmmu.engine.locks cimport (
     ld_acquire_u32, mmu_write_lock, mmu_write_unlock, request, request_take,
@@ -258,6 +259,8 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
         return
     gva &= vcpu.guest.va_mask
     vcpu.stats[<int>VSTAT_INVLPG] += 1
+    if not va_canonical(gva, vcpu.guest.va_shift):
+        return
     if vcpu.root_role & ROLE_DIRECT:
         mmio_cache_clear_gva(vcpu, gva)
         return

@@ -360,6 +360,7 @@ cdef struct Vcpu:
     uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
     uint64_t retry_address
     uint8_t vectoring     # the exception being delivered by the access, 0 = none
+    uint8_t mmio_hit      # the last fault was served by the record of the last MMIO page, or by an mmio spte
     int slot_hint         # last slot found, checked before use
     int mem_hint          # last host area of guest memory the processor read
     int table_hint        # the same for the tables KVM built
@@ -391,6 +392,9 @@ cdef struct HostCpu:
     uint8_t ept_2m
     uint8_t amd           # vendor
     uint8_t la57          # five-level host tables
+    uint8_t ept_checks_updates  # guest A/D updates need W in EPT when EPT A/D is off
+    uint8_t ad_first      # guest A/D bits are set before the address itself is translated
+    uint8_t rsvd_alone    # a reserved-bit fault is reported without P
 
 cdef struct Switches:
     # A behaviour profile: named differences between eras, each settable alone.

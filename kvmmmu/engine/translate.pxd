@@ -6,6 +6,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
 from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.quick cimport QUICK_YES, Quick, Window, quick_memory, quick_nested
 from kvmmmu.engine.state cimport MemMap, Translation
 from kvmmmu.engine.walk cimport walk_memory, walk_nested
 
@@ -17,10 +18,21 @@ cdef inline int walk_any(const Paging *p, const Paging *host, const MemMap *m, i
     return walk_nested(p, host, m, hint, hint + 1, w, hw, gva, access, ac, set_ad)
 
 
-cdef inline void translate_one(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
-                               uint64_t access, bint ac, bint set_ad, Translation *t) noexcept nogil:
+cdef inline void translate_done(const Paging *p, const Quick *q, uint64_t gpa, Translation *t) noexcept nogil:
+    t.gpa = gpa
+    t.error_code = 0
+    t.fault_gpa = 0
+    t.entry = q.entry
+    t.fault = FAULT_NONE
+    t.page_shift = <uint8_t>walk_level_shift(p.format, q.level)
+    t.access = <uint8_t>q.acc
+    t.level = <uint8_t>q.level
+    t.unused = 0
+
+
+cdef inline void translate_proper(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
+                                  uint64_t access, bint ac, bint set_ad, Translation *t) noexcept nogil:
     cdef Walk w, hw
-    t.gva = gva
     t.gpa = 0
     t.error_code = 0
     t.fault_gpa = 0
@@ -46,9 +58,23 @@ cdef inline void translate_one(const Paging *p, const Paging *host, const MemMap
 cdef inline void translate_many(const Paging *p, const Paging *host, const MemMap *m, const uint64_t *gvas, int64_t n,
                                 uint64_t access, bint ac, bint set_ad, Translation *out) noexcept nogil:
     cdef int[2] hint = [0, 0]
+    cdef uint64_t hpa = 0
     cdef int64_t i
+    cdef Window window
+    cdef Quick q
+    cdef Walk hw
+    window.first = 0
+    window.npages = 0
     for i in range(n):
-        translate_one(p, host, m, hint, gvas[i], access, ac, set_ad, &out[i])
+        out[i].gva = gvas[i]
+        if host.format == FMT_NONE:
+            if quick_memory(p, m, hint, &window, gvas[i], access, ac, set_ad, &q):
+                translate_done(p, &q, q.gpa, &out[i])
+                continue
+        elif quick_nested(p, host, m, hint, hint + 1, &hw, gvas[i], access, ac, set_ad, &q, &hpa) == QUICK_YES:
+            translate_done(p, &q, hpa, &out[i])
+            continue
+        translate_proper(p, host, m, hint, gvas[i], access, ac, set_ad, &out[i])
 
 
 cdef inline void mappings_tables(Paging *tables, const Paging *p) noexcept nogil:

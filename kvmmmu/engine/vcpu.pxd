@@ -15,6 +15,7 @@ from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport spte_gfn
+from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.state cimport (
     Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
@@ -53,16 +54,23 @@ cdef inline uint64_t shadow_gpa(Vcpu *vcpu) noexcept nogil:
 cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
     """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks."""
     cdef const MemMap *mem = vm_hostmem(vcpu.vm)
-    cdef int fault
+    cdef int fault, quick
+    cdef Quick q
     if vcpu.vm.mmu == MMU_SHADOW:
         fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
         if fault == FAULT_NONE:
             hpa[0] = vcpu.nested.gpa
             gpa[0] = shadow_gpa(vcpu)
         return fault
+    quick = quick_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.nested, gva, access,
+                         vcpu.ac, True, &q, hpa)
+    if quick == QUICK_YES:
+        gpa[0] = q.gpa
+        return FAULT_NONE
+    if quick == QUICK_FINAL:
+        return vcpu.nested.fault
     fault = walk_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.walk, &vcpu.nested, gva,
-                        access, vcpu.ac,
-                        True)
+                        access, vcpu.ac, True)
     if fault == FAULT_NONE:
         hpa[0] = vcpu.nested.gpa
         gpa[0] = vcpu.walk.gpa
@@ -78,6 +86,15 @@ cdef enum:
     VMX_INTR_PF = 0x0b0e   # valid bit (31) is added where it is shown: an enum constant is an int
     SVM_NPF = 0x400
 
+cdef inline uint64_t vmx_vectoring(const Vcpu *vcpu) noexcept nogil:
+    """IDT-vectoring information: the exception whose delivery the exit broke off (SDM vol. 3C section 25.9.3)."""
+    cdef uint64_t vector = vcpu.vectoring
+    if vector == 0:
+        return 0
+    # Hardware exception, valid; with an error code or without.
+    return (ONE << 31) | 0x300 | (0x800 if 10 <= vector <= 14 or vector == 8 or vector == 17 else 0) | vector
+
+
 cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t code) noexcept nogil:
     """The exit as the processor reports it, and KVM's own line for a page fault."""
     cdef Vm *vm = vcpu.vm
@@ -86,22 +103,31 @@ cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t co
         return
     if fault == FAULT_PF:
         if vmx:
-            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, 0, VMX_INTR_PF, <uint32_t>code)
+            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, vmx_vectoring(vcpu), VMX_INTR_PF, <uint32_t>code)
         else:
             ev_exit(vm, vcpu.id, ISA_SVM, SVM_EXCEPTION_PF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_NPF:
         ev_exit(vm, vcpu.id, ISA_SVM, SVM_NPF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_EPT_VIOLATION:
-        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, 0, 0, 0)
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_VIOLATION, vcpu.rip, code, vmx_vectoring(vcpu), 0, 0)
     else:
-        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, 0, 0, 0)
+        ev_exit(vm, vcpu.id, ISA_VMX, VMX_EPT_MISCONFIG, vcpu.rip, 0, vmx_vectoring(vcpu), 0, 0)
         return
     ev_page_fault(vm, vcpu.id, vcpu.rip, address, code)
+
+
+cdef inline uint64_t reported_code(const Vcpu *vcpu, uint64_t code) noexcept nogil:
+    """An error code as this processor reports it."""
+    if vcpu.vm.host.rsvd_alone and code & PFERR_RSVD:
+        return code & ~PFERR_PRESENT
+    return code
 
 
 cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known_gpa) noexcept nogil:
     """KVM's handler for what the processor reported; the result of ``page_fault``, or EXIT_DELIVERY_EV."""
     cdef uint64_t address = gva, code = vcpu.nested.error_code
+    if fault == FAULT_PF or fault == FAULT_NPF:
+        code = reported_code(vcpu, code)
     if fault != FAULT_PF:
         address = vcpu.nested.va
     trace_exit(vcpu, fault, address, code)
@@ -167,7 +193,7 @@ cdef inline bint guest_own_fault(Vcpu *vcpu, int fault, uint64_t gva, Access *ou
         out.outcome = OUTCOME_GP
     elif fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
         out.outcome = OUTCOME_PF
-        out.error_code = vcpu.walk.error_code
+        out.error_code = reported_code(vcpu, vcpu.walk.error_code)
     else:
         return False
     out.fault_gva = gva

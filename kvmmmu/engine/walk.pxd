@@ -173,12 +173,18 @@ cdef inline int walk_nested(const Paging *guest, const Paging *host, const MemMa
             r = walk_finish(guest, gw)
         if r == WALK_FAULT:
             return gw.fault
+        if guest.ad_first and set_ad and walk_ad_wanted(guest, gw):
+            r = walk_nested_set_ad(guest, host, m, hint, guest_hint, gw, hw, hpas)
+            if r == WALK_FAULT:
+                return gw.fault
+            if r == WALK_NEXT:
+                continue
         if walk_second(host, m, hint, hw, gw.gpa, walk_second_access(host, access), host.final_note,
                        set_ad) != FAULT_NONE:
             gw.fault = hw.fault
             gw.error_code = hw.error_code
             return gw.fault
-        if not set_ad or not walk_ad_wanted(guest, gw):
+        if not set_ad or guest.ad_first or not walk_ad_wanted(guest, gw):
             return FAULT_NONE
         r = walk_nested_set_ad(guest, host, m, hint, guest_hint, gw, hw, hpas)
         if r == WALK_FAULT:

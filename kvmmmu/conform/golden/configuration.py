@@ -21,7 +21,10 @@ __all__ = ["ARTEFACTS", "Configuration", "configure"]
 ARTEFACTS: Final = MappingProxyType(
     {
         "empty_tlb": "the TLB is empty at every VM entry",
-        "rsvd_without_present": "a reserved-bit fault of the processor has no P bit in its error code",
+        "rsvd_alone": "a reserved-bit fault of the processor has no P bit in its error code",
+        "ad_first": "the guest's A/D bits are set before the address itself is translated by the second dimension",
+        "ad_unchecked": "with EPT A/D off, the guest's A/D bits are set without asking EPT for W",
+        "frames_unnamed": "a writable leaf recorded as the zero page is a frame that the recorder could not name",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
         "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
         "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load the guest's later",
@@ -78,6 +81,8 @@ def configure(setup: Setup, where: str) -> Configuration:
     # KVM itself turns the parameter off where no reserved address bit is left; that rule is the model's own.
     if not setup.on("kvm.mmio_caching", True) and setup.maxphyaddr < 52:
         scheme = "off"
+    ept_ad = setup.on("kvm_intel.eptad", True)
+    artefacts = _artefacts(amd, tdp, ept_ad)
     features = {name: name in setup.flags for name in ("nx", "smep", "smap", "la57")}
     return Configuration(
         mmu=("npt" if amd else "ept") if tdp else "shadow",
@@ -86,9 +91,12 @@ def configure(setup: Setup, where: str) -> Configuration:
             gbpages="pdpe1gb" in setup.flags,
             l1tf=not amd,
             cache_bits=None if amd else _L1_CACHE_BITS,
-            ept_ad=setup.on("kvm_intel.eptad", True),
+            ept_ad=ept_ad,
             vendor=setup.vendor,
             la57=features["la57"],
+            ad_first="ad_first" in artefacts,
+            ept_checks_updates="ad_unchecked" not in artefacts,
+            rsvd_alone="rsvd_alone" in artefacts,
         ),
         guest=GuestCpu(
             maxphyaddr=setup.maxphyaddr,
@@ -104,16 +112,18 @@ def configure(setup: Setup, where: str) -> Configuration:
             nx_huge_pages=setup.on("kvm.nx_huge_pages", False),
         ),
         pcid="pcid" in setup.flags,
-        artefacts=_artefacts(amd, tdp),
+        artefacts=artefacts,
     )
 
 
-def _artefacts(amd: bool, tdp: bool) -> frozenset[str]:
+def _artefacts(amd: bool, tdp: bool, ept_ad: bool) -> frozenset[str]:
     names = {"empty_tlb"}
     if amd:
-        names |= {"rsvd_without_present", "rmw_reads_first", "pdpte_accessed"}
+        names |= {"rsvd_alone", "rmw_reads_first", "pdpte_accessed"}
         if tdp:
-            names.add("pdpte_unchecked")
+            names |= {"pdpte_unchecked", "ad_first"}
     elif tdp:
-        names.add("rmw_as_write")
+        names |= {"rmw_as_write", "ad_first"}
+        if not ept_ad:
+            names |= {"ad_unchecked", "frames_unnamed"}
     return frozenset(names)

@@ -30,7 +30,7 @@ _PAGE = 4096
 _UD, _DF, _GP, _PF = 6, 8, 13, 14
 _HAS_ERROR = frozenset({_DF, 10, 11, 12, _GP, _PF, 17})
 _KVM_EXIT_HLT, _KVM_EXIT_SHUTDOWN = 5, 8
-_EMULATION = 1
+_EMULATION, _DELIVERY = 1, 3
 # An operation is a few instructions; one that runs on through zeros is still finite.
 # Beyond a triple fault there is nothing: more deliveries than these make no progress.
 _MAX_DELIVERIES = 64
@@ -61,6 +61,9 @@ class Guest:
         self.cpl = 0
         self.ac = False
         self.shut_down = False
+        # An exception whose delivery failed waits for the next run.
+        self.pending: int | None = None
+        self.delivering: int | None = None
         self.registers: dict[str, int] = {}
         self.rip = 0
         # Translations the processor still holds: emptied by every exit.  (page -> guest frame)
@@ -90,6 +93,10 @@ class Guest:
         self.carry = 0
         self.flush()
         try:
+            if self.pending is not None:
+                vector, self.pending = self.pending, None
+                self.fault = {"exc": str(vector), "ip": "stub+0"}
+                self.deliver(vector)
             for _ in range(_MAX_STEPS):
                 self.step()
             self.out.append(("hang", {}))
@@ -139,7 +146,7 @@ class Guest:
         """Code bytes within a page."""
         page = rip // _PAGE
         if page not in self.code:
-            done = self.processor.fetch(rip)
+            done = self.processor.fetch(rip, self.rip)
             if done.exits:
                 self.flush()
             self.check(done)
@@ -159,7 +166,7 @@ class Guest:
         if done.outcome == Outcome.OK:
             return
         if done.outcome == Outcome.PF:
-            self.raise_fault(_PF, self.visible(done), done.gva)
+            self.raise_fault(_PF, done.error_code, done.gva)
         elif done.outcome == Outcome.GP:
             self.raise_fault(_GP, 0)
         elif done.outcome == Outcome.INTERNAL_ERROR:
@@ -167,18 +174,13 @@ class Guest:
             if self.cpl == 3 and done.suberror == _EMULATION:
                 self.processor.inject(_UD)
                 self.raise_fault(_UD)
+            self.pending = self.delivering if done.suberror == _DELIVERY else None
             self.end("internal", suberror=str(done.suberror))
         elif done.outcome == Outcome.SHUTDOWN:
             self.shutdown(by_processor=False)
         elif done.outcome == Outcome.HANG:
             self.end("hang")
         self.end("error", what=f"{done.outcome.name} {done.error_code}")
-
-    def visible(self, done: Done) -> int:
-        """A page fault's error code as the guest sees it."""
-        if done.by_processor and done.error_code & 8 and "rsvd_without_present" in self.processor.artefacts:
-            return done.error_code & ~1
-        return done.error_code
 
     def address(self, operand: Memory, instruction: Instruction) -> int:
         """The effective address of a memory operand."""
@@ -399,7 +401,7 @@ class Guest:
                 self.fault = {"exc": str(_DF), "err": "0", "ip": self.fault["ip"]}
             else:
                 vector = _PF if done.outcome == Outcome.PF else _GP
-                self.fault = {"exc": str(vector), "err": f"{self.visible(done):x}", "ip": self.fault["ip"]}
+                self.fault = {"exc": str(vector), "err": f"{done.error_code:x}", "ip": self.fault["ip"]}
                 if vector == _PF:
                     self.fault["cr2"] = f"{done.gva:x}"
         self.end("hang")
@@ -416,6 +418,7 @@ class Guest:
         words = 3 + 2 * (self.long or self.cpl > 0) + (vector in _HAS_ERROR)
         plan.append((top - word * words, word, True))
         position = 0
+        self.delivering = vector
         while position < len(plan):
             gva, size, write = plan[position]
             done = self.processor.system(vector, gva & self.mask, size, self.rip, write=write)

@@ -33,6 +33,8 @@ class PdpteQuirks:
     def __init__(self, vcpu: VCpu, host: Host, artefacts: frozenset[str]) -> None:
         self.vcpu = vcpu
         self.host = host
+        # Where the processor found a present entry, and what it was.
+        self.walked: dict[int, int] = {}
         self.on = {"pdpte_accessed", "pdpte_unchecked"} <= artefacts
 
     def walk(self, *gvas: int) -> None:
@@ -42,26 +44,58 @@ class PdpteQuirks:
         for gva in gvas:
             place = self._table(self.vcpu.regs.cr3) + 8 * (gva >> 30 & 3)
             entry = self._entry(place)
-            if entry & _PRESENT and not entry & _ACCESSED:
-                self._put(place, entry | _ACCESSED)
+            if entry & _PRESENT:
+                self.walked[place] = entry
 
     @contextmanager
-    def unchecked(self, cr3: int | None = None) -> Iterator[None]:
-        """KVM's checks find nothing wrong meanwhile."""
-        table = self._table(self.vcpu.regs.cr3 if cr3 is None else cr3)
-        places = [table + 8 * n for n in range(_ENTRIES)] if self.on else []
+    def accessed(self) -> Iterator[None]:
+        """KVM reads the entries as the emulator left them.
+
+        The model's processor would not run with them, so they stand in memory only meanwhile.
+        """
+        marked = {place: entry for place, entry in self.walked.items() if self._entry(place) == entry}
+        for place, entry in marked.items():
+            self._put(place, entry | _ACCESSED)
+        try:
+            yield
+        finally:
+            for place, entry in marked.items():
+                self._put(place, entry)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """KVM would read the entries and refuse them: for it they stay what they were."""
+        table = self._table(self.vcpu.regs.cr3)
+        marked = any(place in self.walked for place in range(table, table + 8 * _ENTRIES, 8))
+        if not (self.on and self._pae() and marked):
+            yield
+            return
+        with self._replaced(table, self.vcpu.regs.pdptes):
+            yield
+
+    @contextmanager
+    def stale(self, cr3: int) -> Iterator[None]:
+        """The same for a CR3 that is about to be loaded.
+
+        MOV CR3 does not reach KVM, and by its next look the processor has walked, and marked, the new entries.
+        """
+        if not (self.on and self._pae()):
+            yield
+            return
+        with self._replaced(self._table(cr3), self.vcpu.regs.pdptes):
+            yield
+
+    @contextmanager
+    def _replaced(self, table: int, entries: tuple[int, ...]) -> Iterator[None]:
+        places = [place for place in range(table, table + 8 * _ENTRIES, 8) if self.host.slot_bytes(place) is not None]
         before = [self._entry(place) for place in places]
-        # SDM vol. 3A section 4.4.1: bits 2:1, 8:5 and those from MAXPHYADDR up are reserved.
-        legal = (1 << self.vcpu.cpu.maxphyaddr) - 1 & ~(0b110 | 0b1111 << 5)
-        for place, entry in zip(places, before, strict=True):
-            if entry & _PRESENT and entry & ~legal:
-                self._put(place, entry & legal)
+        for place, entry in zip(places, entries, strict=False):
+            self._put(place, entry)
         try:
             yield
         finally:
             for place, entry in zip(places, before, strict=True):
-                if self._entry(place) != entry:
-                    self._put(place, entry)
+                self._put(place, entry)
 
     def _pae(self) -> bool:
         registers = self.vcpu.regs

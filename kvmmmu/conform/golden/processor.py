@@ -50,8 +50,6 @@ class Done:
         VM exits it cost.
     mmio : list of (write, gpa, size, data)
         Exits to user space, in order.
-    by_processor : bool
-        A guest fault was found by the processor itself, not by KVM.
     emulated : bool
         KVM made the access.
     """
@@ -64,7 +62,6 @@ class Done:
     suberror: int = 0
     exits: int = 0
     mmio: list[tuple[bool, int, int, int]] = field(default_factory=list)
-    by_processor: bool = False
     emulated: bool = False
 
 
@@ -90,10 +87,10 @@ class Processor:
         self._split_rmw = "rmw_reads_first" in artefacts
         self._refetch = "empty_tlb" in artefacts
 
-    def fetch(self, rip: int) -> Done:
-        """Fetch an instruction's first byte."""
-        self._pdptes.walk(rip)
-        return self._done(self.vcpu.execute("fetch", rip, size=1, code_gva=rip))
+    def fetch(self, gva: int, rip: int) -> Done:
+        """Fetch a byte of the instruction at ``rip``."""
+        self._pdptes.walk(gva)
+        return self._done(self.vcpu.execute("fetch", gva, size=1, code_gva=rip))
 
     def system(self, vector: int, gva: int, size: int, rip: int, *, write: bool = False) -> Done:
         """A supervisor's access to a system structure while an event is delivered."""
@@ -133,7 +130,6 @@ class Processor:
             execution.suberror,
             result.exits,
             [(exit.write, exit.gpa, exit.size, exit.data) for exit in execution.mmio],
-            not self.shadow and result.path != Path.EMULATED,
             result.path == Path.EMULATED,
         )
 
@@ -145,7 +141,7 @@ class Processor:
 
     def set_sregs(self, **registers: int) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
-        with self._pdptes.unchecked():
+        with self._pdptes.unseen():
             self.vcpu.set_sregs(**registers)
 
     def mode(self, cpl: int, ac: bool) -> None:
@@ -195,10 +191,11 @@ class Processor:
         if name == "cr4" and value & _CR4_PCIDE and not self.pcid:
             return False
         if name == "cr3":
-            with self._pdptes.unchecked(value):
+            with self._pdptes.stale(value):
                 return self._try(self.vcpu.load_cr3, value)
         load = {"cr0": self.vcpu.mov_cr0, "cr4": self.vcpu.mov_cr4}
-        return self._try(load.get(name, self.vcpu.write_efer), value)
+        with self._pdptes.accessed():
+            return self._try(load.get(name, self.vcpu.write_efer), value)
 
     @staticmethod
     def _try(load: Callable[[int], None], value: int) -> bool:

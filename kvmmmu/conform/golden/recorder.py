@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvmmmu.conform.golden.events import lines_without_present
 from kvmmmu.conform.golden.host import Host
 from kvmmmu.vm import VM
 
@@ -18,15 +17,13 @@ class Recorder:
     ----------
     vm : VM
     host : Host
-    artefacts : frozenset of str
     enabled : bool
     """
 
-    def __init__(self, vm: VM, host: Host, artefacts: frozenset[str], *, enabled: bool) -> None:
+    def __init__(self, vm: VM, host: Host, *, enabled: bool) -> None:
         self.vm = vm
         self.host = host
         self.enabled = enabled
-        self._without_present = "rsvd_without_present" in artefacts
         self._lines: list[str] = []
         if enabled:
             vm.events.enable(capacity=_CAPACITY)
@@ -47,5 +44,4 @@ class Recorder:
     def _drain(self) -> None:
         records = self.vm.events.drain()
         if len(records):
-            lines = self.vm.events.text(records, roles=True, hva_name=self.host.name).splitlines()
-            self._lines += lines_without_present(lines) if self._without_present else lines
+            self._lines += self.vm.events.text(records, roles=True, hva_name=self.host.name).splitlines()

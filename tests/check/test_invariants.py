@@ -1,0 +1,367 @@
+"""Every invariant can fail: a copy of a consistent state is damaged in one place, and the right name is called."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvmmmu as km
+from kvmmmu.check import INVARIANTS, Snapshot, check_snapshot
+from kvmmmu.errors import InvariantError, VmBusyError, VmClosedError
+from machine import DATA, LONG, MMIO, P32, USER, Machine
+
+Damage = Callable[[Snapshot], Any]
+
+
+def shadow_state() -> Snapshot:
+    """Two roots, an unsync table, an mmio spte, a read-only mapping, freed pages, long lists."""
+    m = Machine("shadow", LONG)
+    user = m.mode.user
+    for i in range(20):
+        m.map(user + i * 4096, DATA, USER)  # one frame, twenty leaves: a list of two blocks
+    m.map(user + 0x20_0000, MMIO, USER)
+    other = m.new_space()
+    m.open_window(other)
+    m.map(user, DATA + 0x1000, USER, cr3=other)
+    m.vm.memslots.create(gpa=0x2000_0000, memory=np.zeros(4096, np.uint8), log_dirty=True)
+    m.map(user + 0x40_0000, 0x2000_0000, USER)
+    for i in range(20):
+        m.access(user + i * 4096, "w")
+    m.access(user + 0x20_0000)
+    m.access(user + 0x40_0000, "w")
+    m.load_cr3(other)
+    m.access(user, "w")
+    m.load_cr3(m.cr3)
+    m.access(user)
+    m.set_entry(user, DATA | USER)  # the table is unsync now
+    return Snapshot(m.vm._core.snapshot())
+
+
+def tdp_state() -> Snapshot:
+    """The TDP MMU with tables, leaves of two sizes and an mmio spte."""
+    m = Machine("ept", LONG, page_size="2M", tdp_mmu=True)
+    m.vm.memslots.create(gpa=0x2000_0000, memory=np.zeros(4096, np.uint8))
+    m.map(m.mode.user, MMIO, USER)
+    m.access(m.mode.window, "w")
+    m.access(m.mode.user)
+    return Snapshot(m.vm._core.snapshot())
+
+
+def p32_state() -> Snapshot:
+    m = Machine("shadow", P32)
+    m.map(0x40_0000, DATA)
+    m.map(0x80_0000, 0x40_0000, level=2)
+    m.access(0x40_0000, "w")
+    m.access(0x80_0000, "w")
+    return Snapshot(m.vm._core.snapshot())
+
+
+STATES = {"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_states_to_be_damaged_are_consistent(name: str) -> None:
+    assert check_snapshot(STATES[name]()) == []
+
+
+def first(mask: Any) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(mask)[0])
+
+
+def active(s: Snapshot, level: int = 1) -> int:
+    return first(s.valid & (s.level == level) & (s.pages["role"] & 0x80 == 0))[0]
+
+
+def set_spte(s: Snapshot, where: Any, value: int, keep: int = 0) -> None:
+    at = first(where)
+    s.sptes[at] = np.uint64(int(s.sptes[at]) & keep | value)
+
+
+def without_cache(s: Snapshot) -> Snapshot:
+    """Forget what was computed of the undamaged state."""
+    for name in list(s.__dict__):
+        if isinstance(getattr(type(s), name, None), type(Snapshot.__dict__["live"])):
+            del s.__dict__[name]
+    return s
+
+
+def pages(field: str, change: Callable[[int], int], level: int = 1) -> Damage:
+    def damage(s: Snapshot) -> None:
+        at = active(s, level)
+        s.pages[field][at] = change(int(s.pages[field][at]))
+
+    return damage
+
+
+def value(name: str, change: int) -> Damage:
+    def damage(s: Snapshot) -> None:
+        s.values[name] += change
+
+    return damage
+
+
+def stat(name: str) -> Damage:
+    def damage(s: Snapshot) -> None:
+        s.stats[name] += 1
+
+    return damage
+
+
+def leaf(clear: int = 0, put: int = 0, level: int = 1) -> Damage:
+    def damage(s: Snapshot) -> None:
+        set_spte(s, s.leaf & (s.level == level)[:, None] & ((s.sptes & np.uint64(2)) != 0), put, ~clear)
+
+    return damage
+
+
+def slot_column(name: str, level: int | None = None) -> Damage:
+    def damage(s: Snapshot) -> None:
+        column = getattr(s.spaces[0].slots[0], name)
+        (column if level is None else column[level])[1] += 1
+
+    return damage
+
+
+def new_list_head(s: Snapshot) -> None:
+    column = s.spaces[0].slots[0].rmap[1]
+    column[np.flatnonzero(column & np.uint64(3) == 2)[0]] = 0
+
+
+def block_in_two_lists(s: Snapshot) -> None:
+    column = s.spaces[0].slots[0].rmap[1]
+    many = int(np.flatnonzero(column & np.uint64(3) == 2)[0])
+    column[int(np.flatnonzero(column == 0)[0])] = column[many]
+
+
+def entry_in_a_free_page(s: Snapshot) -> None:
+    s.pages["on_list"][s.free or 0] = 1
+    s.sptes[s.free, 7] = 1
+
+
+def drop_link(s: Snapshot) -> None:
+    set_spte(s, s.link & s.shadow[:, None], 0)
+
+
+def parent_of_nobody(s: Snapshot) -> None:
+    s.pages["parents"][active(s)] = 0
+
+
+def child_at_the_wrong_level(s: Snapshot) -> None:
+    s.pages["role"][active(s)] += 1
+
+
+def wrong_quadrant(s: Snapshot) -> None:
+    s.pages["role"][active(s)] ^= 0x20
+
+
+def zapped_root_unannounced(s: Snapshot) -> None:
+    root = s.vcpus[0].roots[0][0]
+    s.pages["role"][root] |= 0x800
+    s.vcpus[0].values["requests"] = 0
+
+
+def unsync_above_level_1(s: Snapshot) -> None:
+    s.pages["unsync"][active(s, 2)] = 1
+    s.stats["mmu_unsync"] += 1
+
+
+def unmark_parent(s: Snapshot) -> None:
+    at = first(s.unsync_bits)
+    s.unsync_bits[at] = False
+    s.pages["unsync_children"][at[0]] -= 1
+
+
+def miscount_parent(s: Snapshot) -> None:
+    s.unsync_bits[first(s.unsync_bits)] = False
+
+
+def table_in_sync_too_early(s: Snapshot) -> None:
+    s.pages["unsync"][:] = 0
+    s.stats["mmu_unsync"] = 0
+
+
+def leaf_beyond_its_rights(s: Snapshot) -> None:
+    at = first(s.leaf & s.shadow[:, None] & ((s.sptes & np.uint64(2)) != 0) & ((s.shadowed & np.uint64(4)) != 0))
+    s.shadowed[at] &= ~np.uint64(2)
+
+
+def readonly_slot(s: Snapshot) -> None:
+    s.spaces[0].slots[0].flags |= 2
+
+
+def wrong_frame(s: Snapshot) -> None:
+    set_spte(s, s.leaf, 0, -1)
+    at = first(s.leaf)
+    s.sptes[at] ^= np.uint64(1 << 20)
+
+
+def slot_over_mmio(s: Snapshot) -> None:
+    s.spaces[0].slots[-1].base_gfn = MMIO >> 12
+    s.vcpus[0].values["mmio_gfn"] = 0
+
+
+def record_over_slot(s: Snapshot) -> None:
+    s.vcpus[0].values |= {"mmio_gfn": 0, "mmio_generation": s.spaces[0].generation}
+    s.vcpus[0].values["mmio_gfn"] = DATA >> 12
+
+
+def odd_generation(s: Snapshot) -> None:
+    s.spaces[0].generation += 1
+
+
+def update_in_flight(s: Snapshot) -> None:
+    s.spaces[0].generation |= 1 << 63
+
+
+def lost_dirty_bit(s: Snapshot) -> None:
+    dirty = s.spaces[0].slots[-1].dirty
+    assert dirty is not None
+    dirty[:] = 0
+
+
+def stray_value(s: Snapshot) -> None:
+    at = first(s.valid[:, None] & (s.sptes == 0))
+    s.sptes[at] = np.uint64(0x5A0)
+
+
+def large_leaf_over_table(s: Snapshot) -> None:
+    slot = s.spaces[0].slots[0]
+    slot.disallow[2][(int(s.gfn[first(s.leaf & (s.level == 2)[:, None])]) >> 9)] += 1
+
+
+def large_leaf_beyond_slot(s: Snapshot) -> None:
+    s.spaces[0].slots[0].npages = 300
+
+
+def large_leaf_unbacked(s: Snapshot) -> None:
+    s.spaces[0].slots[0].segments[:, 3] = 1
+
+
+def two_tdp_parents(s: Snapshot) -> None:
+    page, entry = first(s.link & s.tdp[:, None] & (s.level == 3)[:, None])
+    s.sptes[page, 511] = s.sptes[page, entry]
+
+
+def lost_tdp_table(s: Snapshot) -> None:
+    set_spte(s, s.link & s.tdp[:, None] & (s.level == 2)[:, None], 0)
+
+
+def shifted_tdp_table(s: Snapshot) -> None:
+    s.pages["gfn"][first(s.tdp & (s.level == 1))[0]] += 512
+
+
+DAMAGE: list[tuple[str, str, str, Damage]] = [
+    ("active list", "shadow", "a page is cut off", pages("list_next", lambda _: 0)),
+    ("active list", "shadow", "a back link is wrong", pages("list_prev", lambda n: n + 1)),
+    ("active list", "shadow", "one too many is counted", value("active_n", 1)),
+    ("active list", "shadow", "a page of another generation is left", pages("valid_gen", lambda n: n ^ 1)),
+    ("active list", "shadow", "the tail is another page", value("active_tail", 1)),
+    ("hash", "shadow", "a page is in the wrong bucket", pages("gfn", lambda n: n + 1)),
+    ("hash", "shadow", "a back link is wrong", pages("hash_prev", lambda n: n + 1)),
+    ("hash", "shadow", "a chain leads out of the arena", pages("hash_next", lambda _: 1 << 20)),
+    ("free list", "shadow", "a page is lost", pages("on_list", lambda _: 1)),
+    ("free list", "shadow", "the chain begins at a used page", value("free", 1)),
+    ("list blocks", "shadow", "a block is lost", new_list_head),
+    ("list blocks", "shadow", "a block is in two lists", block_in_two_lists),
+    ("list blocks", "shadow", "a head is of no kind", pages("parents", lambda n: n | 3)),
+    ("used pages", "shadow", "one too many is counted", value("used_pages", 1)),
+    ("used pages", "shadow", "the quota is broken", value("max_pages", -62)),
+    ("used pages", "shadow", "an indirect page too many is counted", value("indirect_pages", 1)),
+    ("rmap", "shadow", "a leaf is in no list", new_list_head),
+    ("rmap", "shadow", "a list holds an empty spte", leaf(clear=-1)),
+    ("rmap", "shadow", "a list belongs to another gfn", lambda s: s.shadowed.__setitem__(first(s.leaf), 7)),
+    ("page counters", "shadow", "pages_4k", stat("pages_4k")),
+    ("page counters", "tdp", "pages_2m", stat("pages_2m")),
+    ("page counters", "tdp", "nx_lpage_splits", stat("nx_lpage_splits")),
+    ("parents", "shadow", "a link is gone", drop_link),
+    ("parents", "shadow", "a child does not know", parent_of_nobody),
+    ("children", "shadow", "a level is left out", child_at_the_wrong_level),
+    ("children", "shadow", "a child is zapped", pages("role", lambda n: n | 0x800)),
+    ("children", "shadow", "a role differs", pages("role", lambda n: n ^ 0x2000)),
+    ("children", "p32", "a quadrant is wrong", wrong_quadrant),
+    ("roots", "shadow", "a reference too many", pages("root_count", lambda n: n + 1, level=4)),
+    ("roots", "tdp", "a reference too few", lambda s: s.pages["root_count"].__setitem__(s.tdp_roots, 1)),
+    ("roots", "shadow", "a zapped root nobody drops", zapped_root_unannounced),
+    ("unsync", "shadow", "an upper table lags", unsync_above_level_1),
+    ("unsync", "shadow", "mmu_unsync", stat("mmu_unsync")),
+    ("unsync bits", "shadow", "a parent does not know", unmark_parent),
+    ("unsync bits", "shadow", "a parent miscounts", miscount_parent),
+    ("write protection", "shadow", "a writable table counts as in sync", table_in_sync_too_early),
+    ("write tracking", "shadow", "a count is wrong", slot_column("write_track")),
+    ("large page counts", "shadow", "a count is wrong", slot_column("disallow", 2)),
+    ("writability", "shadow", "W without MMU-writable", leaf(clear=1 << 10)),
+    ("writability", "tdp", "MMU-writable without host-writable", leaf(clear=1 << 57, level=2)),
+    ("large leaves", "tdp", "a table stands inside", large_leaf_over_table),
+    ("large leaves", "tdp", "it leaves its slot", large_leaf_beyond_slot),
+    ("large leaves", "tdp", "the host has small pages", large_leaf_unbacked),
+    ("rights", "shadow", "the guest's table does not allow W", leaf_beyond_its_rights),
+    ("rights", "shadow", "the slot is read-only", readonly_slot),
+    ("frames", "shadow", "another frame", wrong_frame),
+    ("frames", "tdp", "another frame", wrong_frame),
+    ("mmio", "tdp", "a slot stands there", slot_over_mmio),
+    ("mmio", "shadow", "neither present nor MMIO", stray_value),
+    ("generation", "shadow", "odd", odd_generation),
+    ("generation", "shadow", "an update in flight", update_in_flight),
+    ("generation", "tdp", "the vCPU's record names memory", record_over_slot),
+    ("dirty log", "shadow", "a writable page is not in it", lost_dirty_bit),
+    ("tdp tree", "tdp", "a table hangs twice", two_tdp_parents),
+    ("tdp tree", "tdp", "a table hangs nowhere", lost_tdp_table),
+    ("tdp tree", "tdp", "a table is shifted", shifted_tdp_table),
+]
+
+
+IDS = [f"{invariant}: {what} ({state})" for invariant, state, what, _ in DAMAGE]
+
+
+@pytest.mark.parametrize(("invariant", "state", "what", "damage"), DAMAGE, ids=IDS)
+def test_a_damaged_state_violates(invariant: str, state: str, what: str, damage: Damage) -> None:
+    s = STATES[state]()
+    damage(s)
+    assert invariant in {v.invariant for v in check_snapshot(without_cache(s)) if not v.hole}
+
+
+def test_every_invariant_is_tested_by_damage() -> None:
+    assert {name for name, *_ in DAMAGE} == set(INVARIANTS)
+
+
+def test_a_violation_says_which_invariant_where_and_what_was_expected() -> None:
+    s = STATES["shadow"]()
+    s.stats["pages_4k"] += 1
+    (violation,) = check_snapshot(s)
+    error = InvariantError([violation])
+    assert error.violations == (violation,)
+    found = s.stats["pages_4k"]
+    assert str(error) == f"1 invariants violated\n  page counters: pages_4k is {found}, expected {found - 1}"
+
+
+def test_a_closed_vm_has_no_state_to_check() -> None:
+    vm = km.VM()
+    vm.check()
+    vm.close()
+    with pytest.raises(VmClosedError):
+        vm.check()
+
+
+def test_a_running_vcpu_forbids_the_check() -> None:
+    m = Machine("shadow", LONG)
+    stop = threading.Event()
+    gvas = np.full(200_000, m.mode.window + DATA, np.uint64)
+
+    def run() -> None:
+        while not stop.is_set():
+            m.vcpu.access_many(gvas)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        with pytest.raises(VmBusyError, match="vCPU 0 is running"):
+            for _ in range(10_000):
+                m.vm.check()
+    finally:
+        stop.set()
+        thread.join()
+    m.vm.check()
