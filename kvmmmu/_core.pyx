@@ -707,7 +707,8 @@ from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
-from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn, slots_generation, vm_slots
+from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
+                                     slots_generation, vm_slots)
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
@@ -1684,7 +1685,7 @@ assert TREE_PAGE_DTYPE.itemsize == sizeof(TreePage)
 
 
 def tree_copy_of(VcpuCore core not None, bint everything, int previous):
-    """Pages under the vCPU's root (all there are: ``everything``): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
+    """Pages under the vCPU's root (``everything``: all): a TREE_PAGE_DTYPE column and sptes of shape (n, 512).
 
     The first page is the root (``previous`` 0 to 2: that previous root); there is none before the first entry.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from machine import FLAT, LMA, LME, LONG, MMIO, MMUS, NXE, PAE, PE, PG, RAM, Machine
 
 import kvmmmu as km
 from kvmmmu.errors import GuestFaultError
+from machine import FLAT, LMA, LME, LONG, MMIO, MMUS, NXE, PAE, PE, PG, RAM, Machine
 
 MAP = 0x40_0000
 HUGE = 0x4000_0000

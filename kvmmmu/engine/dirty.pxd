@@ -34,7 +34,8 @@ cdef inline bint rmap_wrprot(Vm *vm, Slot *slot, uint64_t gfn, int level) noexce
     return any
 
 
-cdef inline void tdp_each_root(Vm *vm, Slot *slot, int what, uint64_t first, uint64_t end, uint64_t mask) noexcept nogil:
+cdef inline void tdp_each_root(Vm *vm, Slot *slot, int what, uint64_t first, uint64_t end,
+                               uint64_t mask) noexcept nogil:
     """Run a pass over the slot's part of every valid tree: 0 protect, 1 split, 2 collapse."""
     cdef int32_t id = vm.tdp_roots
     while id:
@@ -185,7 +186,8 @@ cdef inline int dirty_get(Vm *vm, uint32_t number, uint64_t *out, uint64_t words
     return ERR_NONE
 
 
-cdef inline int dirty_clear(Vm *vm, uint32_t number, uint64_t first, uint64_t npages, const uint64_t *bits) noexcept nogil:
+cdef inline int dirty_clear(Vm *vm, uint32_t number, uint64_t first, uint64_t npages,
+                            const uint64_t *bits) noexcept nogil:
     """KVM_CLEAR_DIRTY_LOG: forget the pages whose bits are set, and protect them again.  Under slots_lock.
 
     ``first`` is a multiple of 64, and so is ``npages`` unless the range reaches the slot's end.

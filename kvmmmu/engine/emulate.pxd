@@ -15,7 +15,8 @@ from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.roles cimport is_paging, tdp_enabled
 from kvmmmu.engine.roots cimport invlpg_root
 from kvmmmu.engine.state cimport (
-    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, OUTCOME_SHUTDOWN, SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
+    Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, OUTCOME_SHUTDOWN,
+    SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
     VSTAT_INSN_EMULATION_FAIL, VSTAT_MMIO_EXITS, VSTAT_PF_GUEST, Vcpu,
 )
 from kvmmmu.engine.write cimport track_write

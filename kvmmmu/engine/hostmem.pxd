@@ -11,7 +11,8 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memmove, memset
 from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, HOST_STATES, HostRange, MemMap,
-                                  RANGE_PFN_ALIGN, Segment, Vm, WHY_BACKING, WHY_INCONGRUENT, WHY_NONE, WHY_NO_FRAMES, WHY_NO_MEMORY)
+                                  RANGE_PFN_ALIGN, Segment, Vm, WHY_BACKING, WHY_INCONGRUENT, WHY_NONE, WHY_NO_FRAMES,
+                                  WHY_NO_MEMORY)
 from kvmmmu.engine.memory cimport memmap_find
 from kvmmmu.engine.memmap cimport memmap_clone, memmap_cut, memmap_insert
 from kvmmmu.engine.atomics cimport ld_acquire_ptr, st_release_ptr

@@ -3,7 +3,9 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.engine.hostpages cimport HOSTPAGE_PRESENT, HOSTPAGE_STATE, HOSTPAGE_ZERO, ZERO_PFN, host_level, host_read, host_state, host_write
+from kvmmmu.engine.hostpages cimport (
+    HOSTPAGE_PRESENT, HOSTPAGE_STATE, HOSTPAGE_ZERO, ZERO_PFN, host_level, host_read, host_state, host_write,
+)
 from kvmmmu.engine.memslots cimport gfn_to_disallow, slot_pfn
 from kvmmmu.engine.state cimport MMU_EPT, Slot, Vm
 

@@ -149,6 +149,10 @@ cdef inline bint work_invalidate(const Vm *vm, Work *w, Slot *old) noexcept nogi
     return w.first != NULL
 
 
+cdef inline bint starts_dirty(const Vm *vm) noexcept nogil:
+    return (vm.switches.manual_protect & INITIALLY_SET) != 0
+
+
 cdef inline void slot_all_dirty(Slot *slot) noexcept nogil:
     cdef uint64_t i
     for i in range(slot.npages >> 6):
@@ -195,7 +199,7 @@ cdef inline int region_create(Vm *vm, Region *r, Work *w) noexcept nogil:
     slot.id = r.slot & 0xffff
     slot.as_id = as_id
     slot.token = r.token
-    if not slot_take_flags(slot, r.flags, (vm.switches.manual_protect & INITIALLY_SET) != 0, &made) or not slot_make_arrays(slot):
+    if not slot_take_flags(slot, r.flags, starts_dirty(vm), &made) or not slot_make_arrays(slot):
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     w.final = slotset_replace(vm.slots[as_id], NULL, slot)
     if w.final == NULL:
@@ -259,7 +263,7 @@ cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogi
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     slot.base_gfn = r.gpa >> 12
     slot.arrays = NULL
-    ok = slot_take_flags(slot, r.flags, (vm.switches.manual_protect & INITIALLY_SET) != 0, &made_dirty) and slot_make_arrays(slot)
+    ok = slot_take_flags(slot, r.flags, starts_dirty(vm), &made_dirty) and slot_make_arrays(slot)
     if ok:
         w.final = slotset_replace(w.first, w.invalid, slot)
     if w.final == NULL:
@@ -281,7 +285,7 @@ cdef inline int region_flags(Vm *vm, Region *r, Work *w, Slot *old) noexcept nog
     cdef Slot *slot = slot_copy(old)
     if slot == NULL:
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
-    if slot_take_flags(slot, r.flags, (vm.switches.manual_protect & INITIALLY_SET) != 0, &made_dirty):
+    if slot_take_flags(slot, r.flags, starts_dirty(vm), &made_dirty):
         w.final = slotset_replace(vm.slots[as_id], old, slot)
     if w.final == NULL:
         slot.arrays = NULL

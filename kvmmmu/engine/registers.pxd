@@ -78,7 +78,7 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if not cr3_legal(vcpu, value):
         return REG_GP
     if value != vcpu.regs.cr3 or is_pae_paging(vcpu):
-        # With nested paging SVM reads PDPTEs at each walk: loading CR3 does not look at them (APM vol. 2 section 15.25).
+        # With nested paging SVM reads PDPTEs at each walk; loading CR3 does not (APM vol. 2 section 15.25).
         if is_pae_paging(vcpu) and pdptrs_load(vcpu, value) != REG_OK and vcpu.vm.mmu != MMU_NPT:
             return REG_GP
         if value != vcpu.regs.cr3:

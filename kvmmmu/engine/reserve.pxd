@@ -3,7 +3,9 @@
 
 from libc.stdint cimport int32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from kvmmmu.engine.state cimport ARENA_DESCS, ARENA_PAGES, HOST_STATES, Arena, HASH_BITS, MemMap, PteDesc, ShadowPage, Vm
+from kvmmmu.engine.state cimport (
+    ARENA_DESCS, ARENA_PAGES, Arena, HASH_BITS, HOST_STATES, MemMap, PteDesc, ShadowPage, Vm,
+)
 from kvmmmu.engine.memmap cimport memmap_insert, memmap_new
 
 cdef extern from "sys/mman.h" nogil:

@@ -27,7 +27,8 @@ from kvmmmu.engine.pfns cimport max_mapping_level
 from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level, disallow_huge_page
 from kvmmmu.engine.sptes cimport page_stats, spte_read, spte_write
 from kvmmmu.engine.state cimport (
-    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, Slot, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
+    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, Slot,
+    VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 
@@ -322,7 +323,8 @@ cdef inline bint tdp_zap_gfns(Vm *vm, int as_id, uint64_t first, uint64_t end) n
 
 # ---- dirty logging ------------------------------------------------------------------
 
-cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_t end, uint64_t mask, int min_level) noexcept nogil:
+cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_t end, uint64_t mask,
+                                  int min_level) noexcept nogil:
     """Clear W, and nothing else, of leaves of [first, end); ``mask`` picks pages of a 64-page window at ``first``."""
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)
@@ -378,7 +380,8 @@ cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t
                 tdp_split_range(vm, child, first, end)
         gfn += pages
 
-cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
+cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uint64_t first,
+                                    uint64_t end) noexcept nogil:
     """Zap tables whose whole block lies in the slot and could be one large page; the next fault makes it."""
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)

@@ -103,7 +103,8 @@ cdef inline void trace_exit(Vcpu *vcpu, int fault, uint64_t address, uint64_t co
         return
     if fault == FAULT_PF:
         if vmx:
-            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, vmx_vectoring(vcpu), VMX_INTR_PF, <uint32_t>code)
+            ev_exit(vm, vcpu.id, ISA_VMX, VMX_EXCEPTION_NMI, vcpu.rip, address, vmx_vectoring(vcpu),
+                    VMX_INTR_PF, <uint32_t>code)
         else:
             ev_exit(vm, vcpu.id, ISA_SVM, SVM_EXCEPTION_PF, vcpu.rip, code, address, 0, 0)
     elif fault == FAULT_NPF:

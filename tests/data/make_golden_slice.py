@@ -12,7 +12,10 @@ from pathlib import Path
 
 SLICES = {
     "golden": {
-        "shadow": ("mmio_slot", "mmio_remap", "unsync_long", "p32_quadrant", "pae_pdpte", "wp0", "prefetch", "lazy_backing"),
+        "shadow": (
+            *("mmio_slot", "mmio_remap", "unsync_long", "p32_quadrant", "pae_pdpte", "wp0", "prefetch"),
+            "lazy_backing",
+        ),
         "tdp1": ("mmio_slot", "dirty_long"),
         "tdp0": ("large2m_thp",),
     },

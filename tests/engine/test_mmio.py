@@ -209,7 +209,7 @@ def test_the_l1tf_split_of_an_mmio_spte_keeps_every_gfn(l1tf_bits: int) -> None:
     gpas = [1 << bit for bit in range(28, l1tf_bits)] + [(1 << l1tf_bits) - 4096]
     for i, gpa in enumerate(gpas):
         m.map(m.mode.user + i * 4096, gpa)
-    for i, gpa in enumerate(gpas):
+    for i in range(len(gpas)):
         served(m, m.mode.user + i * 4096)
     m.vcpu = m.vm.create_vcpu(km.GuestCpu(maxphyaddr=46))
     m.start()
