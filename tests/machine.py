@@ -138,9 +138,7 @@ class Machine:
         gva, table = 5 << 39, gpa & ~0xFFF
         level3, level1 = self.new_table(), self.new_table()
         if self.mode is LONG5:
-            level4 = self.new_table()
-            self.poke(self.cr3, level4 | USER)
-            self.poke(level4 + 8 * 5, level3 | USER)
+            self.poke((self.peek(self.cr3) & ~0xFFF) + 8 * 5, level3 | USER)
         else:
             self.poke(self.cr3 + 8 * 5, level3 | USER)
         self.poke(level3, table | USER)
