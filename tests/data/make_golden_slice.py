@@ -1,0 +1,45 @@
+"""Make the small copies of golden runs that the tests carry: ``python tests/data/make_golden_slice.py ../shared``.
+
+The same scripts out of every archive: one or two per behaviour, and random ones of every mode.  What an archive does
+not hold is left out of its copy.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCRIPTS = (
+    "cr3_switch dirty_long flat large2m_thp lazy_backing mmio_basic mmio_slot p32_quadrant paging_toggle_pae pt_in_ro "
+    "unsync_long wp0 rand002_long rand007_pae rand008_p32 rand029_flat"
+).split()
+
+
+def slice_archive(source: Path, target: Path) -> None:
+    """Members of the chosen scripts, and ``setup.txt``."""
+    with tarfile.open(source, "r:xz") as archive, tarfile.open(target, "w:xz", preset=9) as out:
+        for member in archive:
+            name = member.name.rsplit("/", 1)[-1]
+            stream = archive.extractfile(member) if member.isfile() else None
+            if stream is None or not (name == "setup.txt" or name.split(".")[0] in SCRIPTS):
+                continue
+            data = stream.read()
+            # Nothing of the machine that makes the copy stands in it.
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            out.addfile(entry, io.BytesIO(data))
+
+
+def main(shared: Path) -> None:
+    """Write ``golden/`` and ``golden-intel/`` beside this file."""
+    for folder in ("golden", "golden-intel"):
+        (HERE / folder).mkdir(exist_ok=True)
+        for source in sorted((shared / folder).glob("*.tar.xz")):
+            slice_archive(source, HERE / folder / source.name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
