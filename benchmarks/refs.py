@@ -56,7 +56,7 @@ def aligned(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def map_pages(words: npt.NDArray[np.uint64], root: int, free: int, pairs: list[tuple[int, int]]) -> int:
-    """Enter 4 KiB mappings (gva, gpa) into 4-level tables at ``root``; new tables from ``free`` on, which is returned."""
+    """Enter 4 KiB mappings (gva, gpa) into 4-level tables at ``root``; new tables stand from ``free`` on."""
     bits = PRESENT_WRITABLE_USER | ACCESSED_DIRTY
     for gva, gpa in pairs:
         table = root

@@ -26,6 +26,7 @@ def build_tables(ram: np.ndarray) -> None:  # type: ignore[type-arg]
 
 
 def main() -> None:
+    """Walk through it, step by step."""
     ram = np.zeros(2 << 20, np.uint8)
     build_tables(ram)
 

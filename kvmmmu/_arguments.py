@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvmmmu.errors import ArgumentError
 
-__all__ = ["Words", "column_u64", "index_in", "index_u64"]
+__all__ = ["Words", "bytes_of", "column_u64", "index_in", "index_u64"]
 
 # An integer, or anything NumPy makes an array of integers from.
 Words = SupportsIndex | npt.ArrayLike
@@ -37,9 +37,20 @@ def index_in(name: str, value: SupportsIndex, low: int, high: int) -> int:
     return number
 
 
+def bytes_of(name: str, value: bytes | bytearray | memoryview) -> bytes:
+    """Return a copy of the bytes of a buffer; ``bytes`` itself would make an integer so many zeros."""
+    try:
+        return bytes(memoryview(value))
+    except TypeError:
+        raise TypeError(f"{name} must be bytes, not {type(value).__name__}") from None
+
+
 def column_u64(name: str, values: Words) -> npt.NDArray[np.uint64]:
     """Return ``values`` as uint64 with its shape kept; nothing is rounded or wrapped on the way."""
-    array: npt.NDArray[Any] = np.asarray(values)
+    try:
+        array: npt.NDArray[Any] = np.asarray(values)
+    except ValueError as why:
+        raise ArgumentError(f"{name}: no array of integers ({why})") from None
     if array.dtype.kind == "u":
         return array.astype(np.uint64, copy=False)
     if array.dtype.kind == "i":

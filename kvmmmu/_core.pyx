@@ -623,7 +623,8 @@ def record_layouts():
         ("mmio_size", "(2,)u1", <size_t>&x.mmio_size - <size_t>&x),
         ("mmio_offset", "(2,)u1", <size_t>&x.mmio_offset - <size_t>&x),
         ("n_mmio", "u1", <size_t>&x.n_mmio - <size_t>&x), ("outcome", "u1", <size_t>&x.outcome - <size_t>&x),
-        ("path", "u1", <size_t>&x.path - <size_t>&x), ("size", "u1", <size_t>&x.size - <size_t>&x), ("exits", "u4", <size_t>&x.exits - <size_t>&x),
+        ("path", "u1", <size_t>&x.path - <size_t>&x), ("size", "u1", <size_t>&x.size - <size_t>&x),
+        ("exits", "u4", <size_t>&x.exits - <size_t>&x),
     )]
     return {
         "access": (access, sizeof(Access)),
@@ -1066,8 +1067,9 @@ cdef class VmCore(VmHandle):
         cdef uint32_t number = <uint32_t>as_word(slot, "slot", 32)
         cdef int err
         self.check_open()
-        if <uint64_t>words.view.len // 8 < (n + 63) // 64:
-            raise ArgumentError(f"bits has {words.view.len // 8} words; {n} pages need {(n + 63) // 64}")
+        # The words of n pages, without n + 63, which may wrap.
+        if <uint64_t>words.view.len // 8 < n // 64 + (n % 64 != 0):
+            raise ArgumentError(f"bits has {words.view.len // 8} words; {n} pages need {n // 64 + (n % 64 != 0)}")
         slots_lock(self.vm)
         err = dirty_clear(self.vm, number, first, n, <const uint64_t *>words.view.buf)
         slots_unlock(self.vm)
@@ -1104,13 +1106,18 @@ cdef class VmCore(VmHandle):
         cdef Slot *s
         cdef int hint = 0
         self.check_open()
+        # All of it is looked at before the first byte is written.
         while done < n:
-            now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
             s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
             if s == NULL:
                 raise ArgumentError(f"gpa {at + <uint64_t>done:#x} is in no slot")
             if (<Export>self.exports[s.token]).view.readonly:
                 raise ArgumentError(f"gpa {at + <uint64_t>done:#x} stands in read-only memory")
+            done += 4096 - <Py_ssize_t>((at + <uint64_t>done) & 4095)
+        done = 0
+        while done < n:
+            now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
+            s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
             host_write(self.vm, s, (at + <uint64_t>done) >> 12)
             memcpy(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
                    <const char *>data + done, <size_t>now)
@@ -1432,7 +1439,7 @@ cdef class VcpuCore(VcpuHandle):
 
     # -- accesses
 
-    def access(self, gva, kind="r", cpl=None, int size=1, value=None, bint implicit=False):
+    def access(self, gva, kind="r", cpl=None, size=1, value=None, bint implicit=False):
         """Make one access as guest code would, with every fault and exit it causes.
 
         Parameters
@@ -1469,19 +1476,18 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint8_t data[64]
         cdef uint8_t *moved = NULL
         cdef uint8_t own = self.vcpu.cpl
-        if size < 1 or size > 64:
-            raise ArgumentError(f"size is {size}; allowed are 1 .. 64 bytes")
+        cdef int n = small_arg(size, "size", 1, 64)
         if value is not None:
             if bits != PFERR_WRITE:
                 raise ArgumentError("value is given; it goes with writes only")
-            store_value(data, value, size)
+            store_value(data, value, n)
             moved = data
         cdef int level = own if cpl is None else cpl_arg(cpl)
         if implicit:
             bits |= PFERR_IMPLICIT
         self.claim()
         self.vcpu.cpl = <uint8_t>level
-        vcpu_access(self.vcpu, word, bits, size, moved, &result.a)
+        vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
         self.vcpu.cpl = own
         self.release()
         return result
@@ -1612,7 +1618,7 @@ cdef class VcpuCore(VcpuHandle):
         """Run records given as columns; the totals as a dictionary, ``what`` 0 if all agreed."""
         cdef ReplayTotals t
         cdef TraceColumns e
-        cdef uint64_t n = len(a)
+        cdef uint64_t i, n = len(a)
         cdef uint64_t stop = as_word(stop_after, "stop_after")
         cdef WalkColumn ca = WalkColumn.of(a, "a", 8, n, False)
         cdef WalkColumn cb = WalkColumn.of(b, "b", 8, n, False)
@@ -1629,6 +1635,9 @@ cdef class VcpuCore(VcpuHandle):
         e.size = <const uint8_t *>cs.view.buf
         e.flags = <const uint8_t *>cf.view.buf
         e.cpl = <const uint8_t *>cp.view.buf
+        for i in range(n):
+            if e.cpl[i] > 3:
+                raise ArgumentError(f"cpl[{i}] is {e.cpl[i]}; allowed are 0 .. 3")
         memset(&t, 0, sizeof(t))
         self.claim()
         with nogil:

@@ -43,13 +43,18 @@ class _Address(click.ParamType[int]):
 
 
 class _Commands(click.Group):
-    """Turns the package's named errors into one line and exit status 2."""
+    """Turns bad arguments and the package's named errors into one line and exit status 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (KvmmmuError, OverflowError) as error:
-            click.echo(f"kvmmmu: {' '.join(str(error).split())}", err=True)
+        except click.UsageError as error:
+            command = "" if error.ctx is None or error.ctx is ctx else f" {error.ctx.info_name}"
+            message = " ".join(error.format_message().split()).rstrip(".")
+            click.echo(f"kvmmmu: {message}; see kvmmmu{command} --help", err=True)
+            ctx.exit(BAD_INPUT)
+        except (KvmmmuError, OverflowError, MemoryError) as error:
+            click.echo(f"kvmmmu: {' '.join(str(error).split()) or 'out of memory'}", err=True)
             ctx.exit(BAD_INPUT)
         except BrokenPipeError:
             raise
@@ -199,14 +204,17 @@ def _replay_table(console: Console, reports: list[Any]) -> None:
     show_default=True,
     help="The manuals' answer or KVM's own software walker's; matters to vectors.",
 )
+@click.option("--level", type=click.IntRange(1, 5), help="Golden runs: only this level of strictness.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
-def conform(ctx: click.Context, paths: tuple[Path, ...], show: int, dialect: Any, as_json: bool) -> None:
-    """Check the model against vectors, dumps and traces; directories are searched."""
+def conform(
+    ctx: click.Context, paths: tuple[Path, ...], show: int, dialect: Any, level: int | None, as_json: bool
+) -> None:
+    """Check the model against vectors, dumps, traces and golden runs of real KVM; directories are searched."""
     from kvmmmu.conform.run import check_paths
 
     with _Bar() as bar:
-        reports = list(check_paths(paths, dialect=dialect, show=show, progress=bar.describe))
+        reports = list(check_paths(paths, dialect=dialect, show=show, level=level, progress=bar.describe))
     if as_json:
         _print_json(
             {
@@ -218,6 +226,7 @@ def conform(ctx: click.Context, paths: tuple[Path, ...], show: int, dialect: Any
                         "total": report.total,
                         "disagreements": report.disagreements,
                     }
+                    | _golden_fields(report)
                     for report in reports
                 ]
             }
@@ -227,18 +236,38 @@ def conform(ctx: click.Context, paths: tuple[Path, ...], show: int, dialect: Any
     ctx.exit(AGREED if reports and all(report.ok for report in reports) else DISAGREED)
 
 
+def _golden_fields(report: Any) -> dict[str, Any]:
+    """What a report of golden runs says besides."""
+    if report.level is None:
+        return {}
+    return {
+        "config": report.config,
+        "level": report.level,
+        "part": report.part,
+        "scripts_agreed": report.scripts_agreed,
+        "scripts": report.scripts,
+        "switches": list(report.switches),
+    }
+
+
 def _conform_table(console: Console, reports: list[Any]) -> None:
     if not reports:
-        console.print("nothing was checked: no vectors, dumps or traces there")
+        console.print("nothing was checked: no vectors, dumps, traces or golden runs there")
         return
     table = Table()
     table.add_column("file", overflow="fold")
     table.add_column("kind")
     table.add_column("agreed", justify="right")
     table.add_column("total", justify="right")
+    switches: dict[str, tuple[str, ...]] = {}
     for report in reports:
-        table.add_row(report.file, report.kind, f"{report.agreed:,}", f"{report.total:,}")
+        kind = report.kind if report.level is None else f"level {report.level}: {report.part}"
+        table.add_row(report.file, kind, f"{report.agreed:,}", f"{report.total:,}")
+        switches[report.file] = report.switches
     console.print(table)
+    for file, names in switches.items():
+        for name in names:
+            console.print(f"{file}: imitated: {name}")
     for report in reports:
         for text in report.disagreements:
             console.print(f"{report.file}: {text}")

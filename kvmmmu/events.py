@@ -190,6 +190,9 @@ def render(
     ArgumentError
         A record is of no known kind.
     """
+    if not isinstance(records, np.ndarray) or records.dtype != EVENT_DTYPE or records.ndim != 1:
+        what = f"{records.dtype} {records.shape}" if isinstance(records, np.ndarray) else type(records).__name__
+        raise ArgumentError(f"records: {what}; wanted is a column of EVENT_DTYPE, as drain returns it")
     renderer = _Renderer(frames, hva_name or (lambda hva: f"{hva:#018x}"))
     for kind, vcpu, words in zip(
         records["kind"].tolist(), records["vcpu"].tolist(), records["w"].tolist(), strict=True
@@ -307,7 +310,8 @@ class _Renderer:
         return f"gva {gva:#x} gpa {gpa:#x} {'Write' if write else 'Read'} {'GPA' if gpa_match else 'GVA'}"
 
     def kvm_mmio(self, _vcpu: int, kind: int, length: int, gpa: int, value: int, *_: int) -> str:
-        return f"mmio {_MMIO_TYPES[kind]} len {length} gpa {gpa:#x} val {value:#x}"
+        name = _MMIO_TYPES[kind] if kind < len(_MMIO_TYPES) else f"{kind:#x}"
+        return f"mmio {name} len {length} gpa {gpa:#x} val {value:#x}"
 
     def kvm_fast_mmio(self, _vcpu: int, gpa: int, *_: int) -> str:
         return f"fast mmio at gpa {gpa:#x}"
@@ -320,7 +324,8 @@ class _Renderer:
         self, _vcpu: int, csbase: int, rip: int, low: int, high: int, length: int, mode: int, failed: int
     ) -> str:
         code = (high << 64 | low).to_bytes(16, "little")[:length]
-        return f"{csbase:x}:{rip:x}:{code.hex(' ')} ({_INSN_MODES[mode]}){' failed' if failed else ''}"
+        name = _INSN_MODES.get(mode, f"{mode:#x}")
+        return f"{csbase:x}:{rip:x}:{code.hex(' ')} ({name}){' failed' if failed else ''}"
 
     def kvm_unmap_hva_range(self, _vcpu: int, start: int, end: int, *_: int) -> str:
         return f"{self.hva_name(start)} len {end - start:#x}"

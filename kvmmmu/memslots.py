@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from errno import EEXIST, EINVAL
 from typing import Any, Final, Literal
 
+from kvmmmu._arguments import index_u64
 from kvmmmu._core import VmCore
 from kvmmmu.errors import ArgumentError, MemslotError, VmClosedError
 
@@ -126,7 +127,7 @@ class MemSlots(Mapping[int, MemSlot]):
 
     def at(self, gpa: int, *, as_id: int = 0) -> MemSlot | None:
         """The slot that holds a guest physical address, or None."""
-        found = self._core.find_gfn(operator.index(gpa) >> 12, _space(as_id))
+        found = self._core.find_gfn(index_u64("gpa", gpa) >> 12, _space(as_id))
         return None if found is None else self[found[0]]
 
     # -- changes
@@ -304,6 +305,7 @@ def _space(as_id: int) -> int:
 
 
 def slot_number(slot: int | MemSlot) -> int:
+    """The number ``as_id << 16 | id`` of a slot, or of one given as a number."""
     number = slot.number if isinstance(slot, MemSlot) else operator.index(slot)
     if not 0 <= number < 2**32:
         raise OverflowError(f"slot = {number} is outside 0 ... 2^32-1")

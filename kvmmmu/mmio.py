@@ -99,6 +99,8 @@ class Mmio:
         ArgumentError
             It is not registered.
         """
+        if not isinstance(device, MmioRange):
+            raise TypeError(f"device must be an MmioRange, not {type(device).__name__}")
         try:
             self._ranges.remove(device)
         except ValueError:

@@ -165,6 +165,10 @@ class Paging(_core.PagingCore):
         if pdptes is not None and len(pdptes) != 4:
             raise ArgumentError(f"pdptes has {len(pdptes)} values; PAE paging has 4 PDPTE registers")
         cpu = GuestCpu() if cpu is None else cpu
+        if not isinstance(cpu, GuestCpu):
+            raise TypeError(f"cpu must be a GuestCpu, not {type(cpu).__name__}")
+        if not isinstance(nested, EptTables | NptTables | None):
+            raise TypeError(f"nested must be EptTables or NptTables, not {type(nested).__name__}")
         super().__init__(
             _areas(memory),
             (cr0, cr3, cr4, efer, pkru, compat),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmmmu._arguments import column_u64, index_in, index_u64
+from kvmmmu._arguments import bytes_of, column_u64, index_in, index_u64
 from kvmmmu._core import AccessResult, VcpuCore
 from kvmmmu.cpu import GuestCpu
 from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
+from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
 from kvmmmu.explain import explain_walk
 from kvmmmu.outcome import Outcome
 from kvmmmu.records import ACCESS
@@ -37,82 +37,6 @@ _DIFFERENCES = (
 _PIECE = 64
 # By number: INSN_*.
 _INSNS = ("load", "store", "fetch", "add", "cmpxchg", "movs")
-
-
-@dataclass(frozen=True)
-class Registers:
-    """The registers that the MMU depends on."""
-
-    cr0: int
-    cr3: int
-    cr4: int
-    efer: int
-    pkru: int
-    cpl: int
-    ac: bool
-    compat: bool
-    pdptes: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class ReplayTotals:
-    """What a stretch of a recorded run showed.
-
-    Attributes
-    ----------
-    events, disagreements : int
-    mmio, mmio_cache, mmio_spte, mmio_slow : int
-        MMIO accesses, and how they were served: from the vCPU's record of the last page, from an
-        mmio spte, by a memslot search.
-    page_faults : int
-        Guest page faults reproduced.
-    exits : int
-        VM exits of all accesses.
-    first : tuple or None
-        The first disagreement: record number, what differs, expected, got, explanation of the walk.
-    """
-
-    events: int
-    disagreements: int
-    mmio: int
-    mmio_cache: int
-    mmio_spte: int
-    mmio_slow: int
-    page_faults: int
-    exits: int
-    first: tuple[int, str, str, str, str] | None
-
-
-@dataclass(frozen=True)
-class MmioExit:
-    """One exit to user space for a device: ``data`` is what a write stores, 0 for a read."""
-
-    write: bool
-    gpa: int
-    size: int
-    data: int
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What became of an instruction.
-
-    Attributes
-    ----------
-    result : AccessResult
-        Its outcome; ``Outcome.MMIO`` when it ended with MMIO (``mmio`` lists all exits, reads answered).
-    suberror : int
-        Of ``Outcome.INTERNAL_ERROR``: 1 emulation failed, 3 an exit during exception delivery.
-    mmio : tuple of MmioExit
-        In order.
-    value : int
-        What a load or ``cmpxchg`` saw.
-    """
-
-    result: AccessResult
-    suberror: int
-    mmio: tuple[MmioExit, ...]
-    value: int
 
 
 class VCpu(VcpuCore):
@@ -293,7 +217,7 @@ class VCpu(VcpuCore):
         Accesses before a faulting one have taken place, as with a real string of stores.
         """
         at, level = index_u64("gva", gva), self._cpl(cpl)
-        rest = bytes(data)
+        rest = bytes_of("data", data)
         while rest:
             part, rest = rest[:_PIECE], rest[_PIECE:]
             result, _ = self.move(at, len(part), part, level, True)
@@ -500,6 +424,9 @@ class VCpu(VcpuCore):
         ReplayTotals
         """
         c = columns
+        for name in ("a", "b", "c", "kind", "size", "flags", "cpl"):
+            if not hasattr(c, name):
+                raise TypeError(f"columns must have the columns of a trace: {type(c).__name__} has no {name!r}")
         t = self.replay_into(c.a, c.b, c.c, c.kind, c.size, c.flags, c.cpl, values, stop_after)
         first = None
         if t["what"]:

@@ -10,7 +10,7 @@ from weakref import ReferenceType, ref
 import numpy as np
 import numpy.typing as npt
 
-from kvmmmu._arguments import column_u64, index_in
+from kvmmmu._arguments import bytes_of, column_u64, index_in
 from kvmmmu._core import VmCore
 from kvmmmu.behaviour import MMIO_SCHEMES, Behaviour, MmioScheme
 from kvmmmu.check import check_vm
@@ -180,6 +180,8 @@ class VM:
             if len(vcpus) != 1:
                 raise ArgumentError(f"vcpu is not given and the VM has {len(vcpus)} vCPUs")
             vcpu = vcpus[0]
+        if not isinstance(vcpu, VCpu):
+            raise TypeError(f"vcpu must be a VCpu, not {type(vcpu).__name__}")
         if vcpu.vm is not self:
             raise ArgumentError("vcpu belongs to another VM")
         if previous is not None:
@@ -286,9 +288,9 @@ class VM:
         Raises
         ------
         ArgumentError
-            No slot stands there, or its buffer is read-only.
+            No slot stands at some byte, or its buffer is read-only; nothing was written.
         """
-        self._core.host_store(gpa, bytes(data), index_in("as_id", as_id, 0, 1))
+        self._core.host_store(gpa, bytes_of("data", data), index_in("as_id", as_id, 0, 1))
 
     def check(self, *, holes: bool = False) -> None:
         """Check every invariant of the shadow pages, roots, slots and counters on a copy of the state.

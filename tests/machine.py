@@ -132,6 +132,22 @@ class Machine:
         self.poke(where, gpa | bits | (PS if level > 1 else 0))
         return where
 
+    def track(self, gpa: int) -> None:
+        """Use the level-1 table that holds ``gpa`` as a directory as well: KVM then makes every store to it."""
+        assert self.mode in (LONG, LONG5)
+        gva, table = 5 << 39, gpa & ~0xFFF
+        level3, level1 = self.new_table(), self.new_table()
+        if self.mode is LONG5:
+            level4 = self.new_table()
+            self.poke(self.cr3, level4 | USER)
+            self.poke(level4 + 8 * 5, level3 | USER)
+        else:
+            self.poke(self.cr3 + 8 * 5, level3 | USER)
+        self.poke(level3, table | USER)
+        self.poke(table + 8 * 511, level1 | USER)
+        self.poke(level1, DATA | USER)
+        assert self.access(gva + (511 << 21)).gpa == DATA
+
     def open_window(self, cr3: int, size: int | None = None) -> None:
         """Map all of RAM at ``mode.window``, 4 KiB at a time, for the supervisor."""
         for gpa in range(0, size or self.ram.size, 4096):

@@ -162,7 +162,8 @@ def test_the_header_compiles_without_a_warning(compiler: str, flags: list[str], 
     import sysconfig
 
     source = tmp_path / "includes.txt"
-    sizes = "typedef char sizes[sizeof(struct kvmmmu_access) == 56 && sizeof(struct kvmmmu_translation) == 48 ? 1 : -1];"
+    right = "sizeof(struct kvmmmu_access) == 56 && sizeof(struct kvmmmu_translation) == 48"
+    sizes = f"typedef char sizes[{right} ? 1 : -1];"
     source.write_text(f"{'#include <Python.h>' if python else ''}\n#include <kvmmmu/capi.h>\n{sizes}\n")
     paths = ["-I", km.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     strict = ["-Wall", "-Wextra", "-Werror", "-pedantic"]

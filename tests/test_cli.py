@@ -181,8 +181,8 @@ def test_conform_gives_json_to_programs(found: list[FileReport]) -> None:
 
 
 def test_conform_refuses_strangers_among_the_truth(tmp_path: Path) -> None:
-    (tmp_path / "golden.tar.xz").write_bytes(b"")
-    assert "golden.tar.xz: file: not vectors, a dump or a trace" in one_line(run("conform", str(tmp_path)))
+    (tmp_path / "golden.xz").write_bytes(b"")
+    assert "golden.xz: file: not vectors, a dump, a trace or golden runs" in one_line(run("conform", str(tmp_path)))
     assert "no such file" in one_line(run("conform", str(tmp_path / "absent")))
     assert run("conform").exit_code == 2
 
@@ -212,3 +212,26 @@ def test_walk_refuses_what_is_no_dump(tmp_path: Path) -> None:
     assert "x.npz" in one_line(run("walk", str(tmp_path / "x.npz"), "0"))
     assert "absent.npz" in one_line(run("walk", str(tmp_path / "absent.npz"), "0"))
     assert run("walk", str(tmp_path / "x.npz"), "word").exit_code == 2
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nosuch"],
+        ["replay", "--mmu", "vmx"],
+        ["replay", "a", "b"],
+        ["conform"],
+        ["conform", "--show", "-1", "x"],
+        ["walk", "x"],
+        ["walk", "x", "zz"],
+        ["walk", "x", "0x10000000000000000"],
+        ["decode", "--", "-1"],
+        ["decode", "5", "--level", "9"],
+        ["decode", "5", "--maxphyaddr", "99"],
+    ],
+)
+def test_wrong_arguments_get_one_line_and_exit_status_2(arguments: list[str]):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("kvmmmu: ")
+    assert result.stderr.endswith("--help\n") or "outside" in result.stderr

@@ -32,11 +32,11 @@ FLOORS: list[tuple[str, set[str]]] = [
         {
             *("_arguments", "behaviour", "constants", "cpu", "events", "memslots", "mmio", "paging", "records"),
             # What face objects hand out or print themselves with.
-            # ``check`` looks at a copy of the state, which is why it may stand below the VM that offers it.
-            *("check", "explain", "sptes", "stats", "vcpu", "vm", "walks"),
+            # ``check`` and ``trees`` look at a copy of the state: they may stand below the VM that offers them.
+            *("check", "execution", "explain", "sptes", "stats", "trees", "vcpu", "vm", "walks"),
         },
     ),
-    ("eyes and readers", {"dumps", "traces", "trees"}),
+    ("eyes and readers", {"dumps", "golden", "traces"}),
     ("conform", {"conform"}),
     ("analysis", {"analysis"}),
     ("adapters", {"adapters"}),

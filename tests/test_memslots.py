@@ -262,7 +262,7 @@ BAD = [
     ("deleting slot -1", lambda m: m.delete(-1), OverflowError, "slot"),
     ("more bytes than memory has", lambda m: m.set_region(4, memory=pages(1), size=2 * PAGE), ArgumentError, "size"),
     ("flags of 33 bits", lambda m: m.set_region(4, memory=pages(1), flags=1 << 32), OverflowError, "flags"),
-    ("an address of 65 bits", lambda m: m.at(1 << 80), OverflowError, "gfn"),
+    ("an address of 65 bits", lambda m: m.at(1 << 80), OverflowError, "gpa"),
     ("an integer that fails", lambda m: m.create(NoBuffer(), pages(1)), ZeroDivisionError, "own"),
 ]
 

@@ -15,7 +15,6 @@ import pytest
 import kvmmmu as km
 from kvmmmu.errors import InvariantError
 from kvmmmu.walks import Fault
-from machine import LONG, LONG5, MMIO, NX, P32, PAE3, PS, Machine, Mode, P
 
 N_TABLES = 16
 RAM = 4 << 20
@@ -224,7 +223,7 @@ class World(Machine):
             return
         why = f"{result}, expected {wanted}\n{self.vcpu.explain(gva, kind, cpl=cpl)}"
         assert self.got(result) == wanted, why
-        # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D as it is;
+        # MMIO: an mmio spte keeps the rights of its first walk, so with CR0.WP = 0 a write through it leaves D;
         # under EPT and NPT KVM knows the gpa from the exit, and nobody finished a walk of the guest's tables.
         mmio = result.outcome in (km.Outcome.MMIO, km.Outcome.INTERNAL_ERROR)
         if not mmio or (self.vm.mmu == "shadow" and self.vcpu.regs.cr0 >> 16 & 1):

@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
+    """Compile and link."""
     output = sys.argv[1] if len(sys.argv) > 1 else "embed_c"
     value = sysconfig.get_config_var
     compiler = shlex.split(os.environ.get("CC", "cc"))

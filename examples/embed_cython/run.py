@@ -32,6 +32,7 @@ def machine() -> km.VCpu:
 
 
 def main() -> None:
+    """Print hits and misses for three sizes, and one mmio spte."""
     rng = np.random.default_rng(1)
     gvas = (rng.zipf(1.3, 200_000) % 1000 * 4096 + 0x8000).astype(np.uint64)
     gvas[::50] = 1 << 30

@@ -12,7 +12,7 @@ from kvmmmu.errors import FormatError
 
 __all__ = ["TruthKind", "find", "recognise"]
 
-TruthKind = Literal["vectors", "dump", "trace"]
+TruthKind = Literal["vectors", "dump", "trace", "golden"]
 
 # A column that only this kind has, and that every file of it must have.
 _TELLTALE: dict[str, TruthKind] = {"ent_off": "vectors", "page_data": "dump", "page_t0": "trace"}
@@ -25,12 +25,17 @@ def recognise(path: Path) -> TruthKind:
     Raises
     ------
     FormatError
-        The file is none of vectors, dump and trace, or cannot be read.
+        The file is none of vectors, dump, trace and golden runs, or cannot be read.
     """
     if path.name.endswith((".raw.zst", ".raw")):
         return "trace"
+    if path.name.endswith(".tar.xz"):
+        return "golden"
     if path.suffix != ".npz":
-        raise FormatError(f"{path}: file: not vectors, a dump or a trace; expected a name ending in .npz or .raw.zst")
+        raise FormatError(
+            f"{path}: file: not vectors, a dump, a trace or golden runs; expected a name ending in .npz, .raw.zst or "
+            ".tar.xz"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}

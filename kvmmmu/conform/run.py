@@ -21,9 +21,10 @@ def check_paths(
     *,
     dialect: Dialect = "sdm",
     show: int = 5,
+    level: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[FileReport]:
-    """Yield one report per file (vectors in both dialects: two).
+    """Yield one report per file (vectors in both dialects: two; golden runs: one per part of each level).
 
     Parameters
     ----------
@@ -33,6 +34,8 @@ def check_paths(
         The manuals' answer, or that of KVM's software walker; matters to vectors only.
     show : int
         How many disagreements of a file are kept as text.
+    level : int, optional
+        Golden runs: only this level of strictness, 1 to 5.
     progress : callable, optional
         Called with each file's name before it is checked.
 
@@ -47,6 +50,8 @@ def check_paths(
             progress(str(path))
         if kind == "trace":
             yield replay.check(path, show=show)
+        elif kind == "golden":
+            yield from import_module("kvmmmu.conform.golden.runner").check(path, level=level, show=show)
         elif kind == "dump":
             yield import_module("kvmmmu.conform.dumps").check(path, show=show)
         else:

@@ -71,7 +71,7 @@ cdef inline bint rmap_zap_collapsible(Vm *vm, Slot *slot, uint64_t gfn, int leve
     cdef bint any = False
     while index:
         sp = page_at(vm, spte_page(index))
-        if sp.role & ROLE_DIRECT and role_level(sp.role) < max_mapping_level(vm, slot, sp.gfn, LEVEL_1G):
+        if sp.role & ROLE_DIRECT and role_level(sp.role) < max_mapping_level(vm, slot, gfn, LEVEL_1G):
             spte_drop(vm, index)
             any = True
             index = pte_list_first(vm, head[0], &it)

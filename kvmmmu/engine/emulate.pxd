@@ -130,8 +130,10 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
             out.n_mmio += 1
             if access & PFERR_WRITE and data != NULL:
                 # Traced as it is queued, even if a later piece faults and nothing leaves.
-                memcpy(&value, data + done, now)
-                ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, now, gpa, value & (ALL_ONES >> (64 - 8 * now)))
+                # The tracepoint has room for eight bytes of however wide a store.
+                value = 0
+                memcpy(&value, data + done, now if now < 8 else 8)
+                ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, now, gpa, value)
         done += now
     if out.n_mmio:
         out.outcome = OUTCOME_MMIO

@@ -9,9 +9,9 @@ A change is planned first, where it may fail, then committed, where it cannot.
 
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memmove
-from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, HostRange, MemMap, RANGE_PFN_ALIGN,
-                                  Segment, Vm, WHY_BACKING, WHY_INCONGRUENT, WHY_NONE, WHY_NO_FRAMES, WHY_NO_MEMORY)
+from libc.string cimport memmove, memset
+from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, HOST_STATES, HostRange, MemMap,
+                                  RANGE_PFN_ALIGN, Segment, Vm, WHY_BACKING, WHY_INCONGRUENT, WHY_NONE, WHY_NO_FRAMES, WHY_NO_MEMORY)
 from kvmmmu.engine.memory cimport memmap_find
 from kvmmmu.engine.memmap cimport memmap_clone, memmap_cut, memmap_insert
 from kvmmmu.engine.atomics cimport ld_acquire_ptr, st_release_ptr
@@ -327,6 +327,12 @@ cdef inline MemMap *hostmem_commit_bind(Vm *vm, HostPlan *plan) noexcept nogil:
     return hostmem_publish(vm, plan)
 
 
+cdef inline void states_forget(Vm *vm, uint64_t pfn, uint64_t npages) noexcept nogil:
+    """Frames given back: whoever gets them next has pages that are there."""
+    if vm.host_states_used and pfn < HOST_STATES:
+        memset(vm.host_states + pfn, 0, <size_t>(npages if npages < HOST_STATES - pfn else HOST_STATES - pfn))
+
+
 cdef inline MemMap *hostmem_commit_unbind(Vm *vm, HostPlan *plan) noexcept nogil:
     cdef uint8_t *end = plan.hva + (plan.npages << 12)
     cdef int lo
@@ -338,6 +344,7 @@ cdef inline MemMap *hostmem_commit_unbind(Vm *vm, HostPlan *plan) noexcept nogil
     while i < vm.n_ranges and vm.ranges[i].host < end:
         vm.ranges[i].users -= 1
         if vm.ranges[i].users == 0:
+            states_forget(vm, vm.ranges[i].base_pfn, vm.ranges[i].npages)
             ranges_open_gap(vm, i + 1, -1)
         else:
             i += 1

@@ -54,11 +54,12 @@ cdef inline int operand_translate(Vcpu *vcpu, uint64_t gva, uint64_t access, int
     o.first = 4096 - <int>(gva & 4095)
     if o.first > size:
         o.first = size
-    here[0] = gva
-    fault = hardware_access(vcpu, gva, access, &gpa, &o.hpa[0])
+    # Outside 64-bit code addresses have 32 bits; a direct fault would take the rest for a gfn.
+    here[0] = gva & vcpu.guest.va_mask
+    fault = hardware_access(vcpu, here[0], access, &gpa, &o.hpa[0])
     out.gpa = gpa
     if fault == FAULT_NONE and o.first < size:
-        here[0] = gva + <uint64_t>o.first
+        here[0] = (gva + <uint64_t>o.first) & vcpu.guest.va_mask
         fault = hardware_access(vcpu, here[0], access, &gpa, &o.hpa[1])
     return fault
 

@@ -178,7 +178,8 @@ cdef inline int set_sregs(Vcpu *vcpu, const CpuRegs *regs) noexcept nogil:
     """
     cdef CpuRegs old = vcpu.regs
     cdef bint pae
-    if not mode_legal(regs.cr0, regs.cr4, regs.efer):
+    # LMA follows from the rest: any other value would give the two halves of the MMU different modes.
+    if not mode_legal(regs.cr0, regs.cr4, regs.efer) or efer_with_lma(regs.cr0, regs.efer) != regs.efer:
         return REG_GP
     # KVM offers no protection keys with shadow paging: its own tables carry none.
     if vcpu.vm.mmu == MMU_SHADOW and regs.cr4 & CR4_PKE and regs.pkru:

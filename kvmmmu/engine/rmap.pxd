@@ -28,7 +28,7 @@ cdef inline uint32_t desc_alloc(Vm *vm) noexcept nogil:
     if block:
         vm.arena.desc_free = desc_at(vm, block).more
     else:
-        # The column is reserved for every spte the arena can hold: it cannot run out.
+        # No block in a list is empty and no spte is in two lists: one block for each spte is enough.
         vm.arena.desc_top += 1
         block = vm.arena.desc_top
     desc_at(vm, block).more = 0

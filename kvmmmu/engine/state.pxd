@@ -41,7 +41,7 @@ cdef enum:
     PTE_LIST_EXT = 14
     HASH_BITS = 12
     ARENA_PAGES = 1048576    # 4 GiB of sptes, reserved, not committed; arena pfns are 0 .. ARENA_PAGES-1
-    ARENA_DESCS = 16777216   # pte list blocks reserved
+    ARENA_DESCS = 536870912  # pte list blocks reserved: one for every spte of the arena
     HOST_STATES = 1073741824  # frames that have a host page state (4 TiB); those beyond count as present
     RANGE_PFN_ALIGN = 262144  # each host range starts at a 1 GiB boundary
 

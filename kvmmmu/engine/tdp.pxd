@@ -17,7 +17,7 @@ from kvmmmu.engine.events cimport (
 from kvmmmu.engine.leaf cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
 )
-from kvmmmu.engine.locks cimport kvmmmu_drain_readers
+from kvmmmu.engine.locks cimport kvmmmu_drain_readers, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.pages cimport (
     level_index, page_alloc, page_at, page_free, page_sptes, role_as_id, role_level, role_with_level,
@@ -161,6 +161,9 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
         spte = spte_read(spte_at(vm, index))
         if vm.switches.nx_huge_pages:
             adjust_nx_level(f, spte, level)
+        if spte == REMOVED_SPTE:
+            # Whoever is taking it down owns it, at the goal level too.
+            return RET_PF_RETRY
         if level == f.goal_level:
             break
         if spte_present(spte) and spte & PT_PAGE_SIZE_MASK:
@@ -168,8 +171,6 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
                 return RET_PF_RETRY
             spte = 0
         if not spte_present(spte):
-            if spte == REMOVED_SPTE:
-                return RET_PF_RETRY
             child = tdp_page_new(vm, vcpu.id, f.gfn & ~(level_pages(level) - 1),
                                  role_with_level(page_at(vm, table).role, level - 1))
             if child == 0:
@@ -251,17 +252,33 @@ cdef inline void tdp_zap_root(Vm *vm, int32_t root, bint shared) noexcept nogil:
     tdp_zap_level(vm, root, role_level(page_at(vm, root).role), shared, &doomed)
     tdp_free(vm, doomed)
 
-cdef inline void tdp_zap_invalid_roots(Vm *vm) noexcept nogil:
-    """Empty what ``tdp_invalidate_roots`` marked and give up the MMU's reference."""
+cdef inline int32_t tdp_next_invalid_root(Vm *vm) noexcept nogil:
+    """Claim a root that ``tdp_invalidate_roots`` marked and nobody empties yet; 0: none is left."""
     cdef int32_t id = vm.tdp_roots
-    cdef int32_t after
     while id:
-        after = page_at(vm, id).list_next
         if page_at(vm, id).role & ROLE_INVALID and page_at(vm, id).on_list != LIST_INVALID:
             page_at(vm, id).on_list = LIST_INVALID
-            tdp_zap_root(vm, id, True)
-            tdp_root_put(vm, id)
-        id = after
+            return id
+        id = page_at(vm, id).list_next
+    return 0
+
+cdef inline void tdp_zap_invalid_roots(Vm *vm) noexcept nogil:
+    """Empty what was marked and give up the MMU's reference.  The caller holds no lock.
+
+    The list is gone through under mmu_lock, since vCPUs drop and make roots meanwhile; the MMU's
+    reference keeps the root that is being emptied.
+    """
+    cdef int32_t id
+    while True:
+        mmu_write_lock(vm)
+        id = tdp_next_invalid_root(vm)
+        mmu_write_unlock(vm)
+        if id == 0:
+            return
+        tdp_zap_root(vm, id, True)
+        mmu_write_lock(vm)
+        tdp_root_put(vm, id)
+        mmu_write_unlock(vm)
 
 cdef inline void tdp_zap_everything(Vm *vm) noexcept nogil:
     """The VM goes: nobody else is here."""

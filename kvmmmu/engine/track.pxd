@@ -129,7 +129,8 @@ cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bi
     id = gfn_first_page(vm, gfn)
     while id:
         sp = page_at(vm, id)
-        if not can_unsync:
+        # A table above the last level is never unsync; one of the other address space is not tracked here.
+        if not can_unsync or role_level(sp.role) > LEVEL_4K:
             return True
         if not sp.unsync:
             if prefetch:

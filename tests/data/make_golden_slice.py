@@ -13,7 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRIPTS = (
-    "cr3_switch dirty_long flat large2m_thp lazy_backing mmio_basic mmio_slot p32_quadrant paging_toggle_pae pt_in_ro "
+    "cr3_switch dirty_long dirty_pt flat flood_long large2m_thp lazy_backing mmio_basic mmio_remap mmio_slot "
+    "p32_quadrant pae_pdpte paging_toggle_pae prefetch pt_in_ro "
     "unsync_long wp0 rand002_long rand007_pae rand008_p32 rand029_flat"
 ).split()
 

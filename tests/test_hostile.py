@@ -1,0 +1,143 @@
+"""Bad input at the Python doors: a named error, and the state as it was."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import kvmmmu as km
+from kvmmmu.errors import ArgumentError
+from kvmmmu.events import render
+from kvmmmu.traces import Kind
+
+RAM = 1 << 20
+NUMBERS = [-1, 2**64, -(2**200), 2**200]
+NO_INTEGERS = [1.5, "x", b"", [], object()]
+
+
+@pytest.fixture
+def machine():
+    vm = km.VM()
+    ram = np.full(RAM, 7, np.uint8)
+    vm.memslots.create(gpa=0, memory=ram, log_dirty=True)
+    return vm, vm.create_vcpu(), ram
+
+
+def state(vm: km.VM) -> np.ndarray:
+    return vm._core.snapshot()
+
+
+CALLS = {
+    "access": lambda vm, vcpu, x: vcpu.access(x),
+    "access value": lambda vm, vcpu, x: vcpu.access(0, "w", value=x),
+    "access size": lambda vm, vcpu, x: vcpu.access(0, size=x),
+    "read": lambda vm, vcpu, x: vcpu.read(x, 4),
+    "write": lambda vm, vcpu, x: vcpu.write(x, b"abcd"),
+    "access_many": lambda vm, vcpu, x: vcpu.access_many([x, 0]),
+    "invlpg": lambda vm, vcpu, x: vcpu.invlpg(x),
+    "load_cr3": lambda vm, vcpu, x: vcpu.load_cr3(x),
+    "mov_cr0": lambda vm, vcpu, x: vcpu.mov_cr0(x),
+    "mov_cr4": lambda vm, vcpu, x: vcpu.mov_cr4(x),
+    "write_efer": lambda vm, vcpu, x: vcpu.write_efer(x),
+    "set_sregs": lambda vm, vcpu, x: vcpu.set_sregs(pkru=x),
+    "explain": lambda vm, vcpu, x: vcpu.explain(x),
+    "execute": lambda vm, vcpu, x: vcpu.execute("store", x),
+    "execute value": lambda vm, vcpu, x: vcpu.execute("store", 0, value=x),
+    "inject": lambda vm, vcpu, x: vcpu.inject(x),
+    "memslots.at": lambda vm, vcpu, x: vm.memslots.at(x),
+    "memslots.create": lambda vm, vcpu, x: vm.memslots.create(x, np.zeros(4096, np.uint8)),
+    "memslots.create slot": lambda vm, vcpu, x: vm.memslots.create(RAM, np.zeros(4096, np.uint8), x),
+    "memslots.move": lambda vm, vcpu, x: vm.memslots.move(0, x),
+    "memslots.delete": lambda vm, vcpu, x: vm.memslots.delete(x),
+    "set_nr_mmu_pages": lambda vm, vcpu, x: vm.set_nr_mmu_pages(x),
+    "get_dirty_log": lambda vm, vcpu, x: vm.get_dirty_log(x),
+    "clear_dirty_log": lambda vm, vcpu, x: vm.clear_dirty_log(0, [0] * 4, first_page=x),
+    "host_write": lambda vm, vcpu, x: vm.host_write(x, b"a"),
+    "host_untouched": lambda vm, vcpu, x: vm.host_untouched(0, first_page=x),
+    "mmio.register": lambda vm, vcpu, x: vm.mmio.register(x, 8),
+    "events.emit": lambda vm, vcpu, x: vm.events.emit("kvm_cr", x),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_number_that_no_register_holds_is_refused_and_changes_nothing(machine, name: str):
+    vm, vcpu, ram = machine
+    before = state(vm)
+    for bad in NUMBERS:
+        with pytest.raises((OverflowError, ArgumentError)):
+            CALLS[name](vm, vcpu, bad)
+    for bad in NO_INTEGERS:
+        with pytest.raises((TypeError, ArgumentError)):
+            CALLS[name](vm, vcpu, bad)
+    assert np.array_equal(state(vm), before)
+    assert (ram == 7).all()
+    vm.check()
+
+
+@pytest.mark.parametrize("number", [0, 5, -1, 2**40])
+def test_an_integer_is_no_data(machine, number: int):
+    vm, vcpu, ram = machine
+    for write in (vcpu.write, vm.host_write):
+        with pytest.raises(TypeError, match="data must be bytes, not int"):
+            write(0, number)
+    assert (ram == 7).all()
+
+
+def test_a_host_write_that_leaves_memory_writes_nothing(machine):
+    vm, _, ram = machine
+    with pytest.raises(ArgumentError, match="gpa 0x100000 is in no slot"):
+        vm.host_write(RAM - 2, b"abcd")
+    assert (ram == 7).all()
+    data = bytes(i % 251 for i in range(4098))
+    vm.host_write(RAM - 4098, data)
+    assert bytes(ram[-4098:]) == data
+
+
+def test_more_pages_than_words_can_count_are_refused(machine):
+    vm, vcpu, _ = machine
+    vcpu.access(0, "w")
+    with pytest.raises(ArgumentError, match="bits has 0 words"):
+        vm.clear_dirty_log(0, [], npages=2**64 - 1)
+    assert vm.get_dirty_log(0)[0] == 1
+
+
+def test_something_else_than_what_is_asked_for_is_named(machine):
+    vm, vcpu, _ = machine
+    calls = {
+        "vcpu must be a VCpu": lambda: vm.page_tables(5),
+        "device must be an MmioRange": lambda: vm.mmio.unregister(5),
+        "cpu must be a GuestCpu": lambda: km.Paging(0, 0, 0, 0, 5),
+        "nested must be EptTables or NptTables": lambda: km.Paging(0, 0, 0, 0, nested=5),
+        "columns must have the columns of a trace": lambda: vcpu.replay(5),
+    }
+    for text, call in calls.items():
+        with pytest.raises(TypeError, match=text):
+            call()
+
+
+def test_a_record_with_a_privilege_level_that_does_not_exist_is_refused(machine):
+    vm, vcpu, _ = machine
+    words, octets = np.zeros(2, np.uint64), np.zeros(2, np.uint8)
+    columns = SimpleNamespace(a=words, b=words, c=words, kind=octets, size=octets, flags=octets, cpl=octets)
+    assert vcpu.replay(columns).disagreements == 0
+    before = state(vm)
+    columns.cpl = np.array([0, 4], np.uint8)
+    columns.kind = np.full(2, Kind.MEM, np.uint8)
+    with pytest.raises(ArgumentError, match=r"cpl\[1\] is 4"):
+        vcpu.replay(columns)
+    assert np.array_equal(state(vm), before)
+
+
+@pytest.mark.parametrize("records", [5, np.zeros(3), np.zeros(3, np.uint64), np.zeros((1, 1), km.events.EVENT_DTYPE)])
+def test_a_column_that_holds_no_events_is_not_rendered(records):
+    with pytest.raises(ArgumentError, match="records"):
+        list(render(records))
+
+
+def test_an_emitted_record_with_odd_words_is_rendered_all_the_same(machine):
+    vm, _, _ = machine
+    vm.events.enable()
+    for name in km.events.EVENT_NAMES:
+        vm.events.emit(name, *[2**64 - 1] * 7)
+    lines = [line for line in vm.events.text(roles=True, frames=True).splitlines() if not line.startswith("role_")]
+    assert [line.partition(":")[0] for line in lines] == list(km.events.EVENT_NAMES)
