@@ -1,6 +1,7 @@
-"""Cut a few scripts out of the golden archives: ``make_golden_slice.py SHARED`` writes beside itself.
+"""Make the small copies of golden runs that the tests carry: ``python tests/data/make_golden_slice.py ../shared``.
 
-Each slice keeps the archive's form, so that the suite checks it as it would check the whole.
+The same scripts out of every archive: one or two per behaviour, and random ones of every mode.  What an archive does
+not hold is left out of its copy.
 """
 
 from __future__ import annotations
@@ -10,42 +11,35 @@ import sys
 import tarfile
 from pathlib import Path
 
-SLICES = {
-    "golden": {
-        "shadow": (
-            *("mmio_slot", "mmio_remap", "unsync_long", "p32_quadrant", "pae_pdpte", "wp0", "prefetch"),
-            "lazy_backing",
-        ),
-        "tdp1": ("mmio_slot", "dirty_long"),
-        "tdp0": ("large2m_thp",),
-    },
-    "golden-intel": {"ept1": ("mmio_basic", "dirty_pt"), "eptad0": ("dirty_pt",), "ept0": ("flood_long",)},
-}
+HERE = Path(__file__).parent
+SCRIPTS = (
+    "cr3_switch dirty_long dirty_pt flat flood_long large2m_thp lazy_backing mmio_basic mmio_remap mmio_slot "
+    "p32_quadrant pae_pdpte paging_toggle_pae prefetch pt_in_ro "
+    "unsync_long wp0 rand002_long rand007_pae rand008_p32 rand029_flat"
+).split()
 
 
-def cut(source: Path, target: Path, wanted: set[str]) -> None:
-    """Copy the members of the wanted scripts (and the set-up) into a new archive, stripped of owners and dates."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(source) as whole, tarfile.open(target, "w:xz", preset=9) as part:
-        for member in sorted(whole.getmembers(), key=lambda member: member.name):
-            if not member.isfile() or not ({Path(member.name).name.split(".")[0]} & (wanted | {"setup"})):
+def slice_archive(source: Path, target: Path) -> None:
+    """Members of the chosen scripts, and ``setup.txt``."""
+    with tarfile.open(source, "r:xz") as archive, tarfile.open(target, "w:xz", preset=9) as out:
+        for member in archive:
+            name = member.name.rsplit("/", 1)[-1]
+            stream = archive.extractfile(member) if member.isfile() else None
+            if stream is None or not (name == "setup.txt" or name.split(".")[0] in SCRIPTS):
                 continue
-            stream = whole.extractfile(member)
-            assert stream is not None
             data = stream.read()
-            entry = tarfile.TarInfo(member.name)
+            # Nothing of the machine that makes the copy stands in it.
+            entry = tarfile.TarInfo(name)
             entry.size = len(data)
-            part.addfile(entry, io.BytesIO(data))
+            out.addfile(entry, io.BytesIO(data))
 
 
 def main(shared: Path) -> None:
-    """Write every slice."""
-    here = Path(__file__).parent
-    for folder, archives in SLICES.items():
-        for name, scripts in archives.items():
-            cut(shared / folder / f"{name}.tar.xz", here / folder / f"{name}.tar.xz", set(scripts))
-        every = {script for scripts in archives.values() for script in scripts}
-        cut(shared / folder / "scripts.tar.xz", here / folder / "scripts.tar.xz", every)
+    """Write ``golden/`` and ``golden-intel/`` beside this file."""
+    for folder in ("golden", "golden-intel"):
+        (HERE / folder).mkdir(exist_ok=True)
+        for source in sorted((shared / folder).glob("*.tar.xz")):
+            slice_archive(source, HERE / folder / source.name)
 
 
 if __name__ == "__main__":

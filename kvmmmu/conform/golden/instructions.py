@@ -208,7 +208,8 @@ def _arithmetic(opcode: int, cursor: _Cursor, prefixes: _Prefixes, long: bool) -
     if opcode in (0x80, 0x81, 0x83):
         _, operand, number = _modrm(cursor, prefixes, long, width)
         count = 1 if opcode != 0x81 else min(width, 4)
-        return Instruction(ARITHMETIC[number], cursor.at, width, operand, _extend(cursor.take(count), count))
+        value = _extend(cursor.take(count), count)
+        return Instruction(ARITHMETIC[number], cursor.at, width, operand, value)
     if opcode in (0xD0, 0xD1):
         _, operand, number = _modrm(cursor, prefixes, long, width)
         return Instruction(SHIFTS[number], cursor.at, width, operand, 1)
