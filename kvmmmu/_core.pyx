@@ -852,7 +852,7 @@ cdef class VmCore(VmHandle):
         if not vm_slots_init(vm):
             raise MemoryError("no memory for the tables of slots")
         if not vm_memory_init(vm):
-            raise MemoryError("no address space for shadow pages (about 10 GiB are reserved, not used)")
+            raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")
 
     def __dealloc__(self):
         cdef Vm *vm = self.vm

@@ -59,7 +59,7 @@ class VM:
     ArgumentError
         An option is unknown or does not suit the others.
     MemoryError
-        About 10 GiB of address space (not memory) cannot be reserved.
+        About 70 GiB of address space (not memory) cannot be reserved.
 
     Notes
     -----

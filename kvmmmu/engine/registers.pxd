@@ -93,7 +93,7 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
 
 
 cdef inline bint mode_legal(uint64_t cr0, uint64_t cr4, uint64_t efer) noexcept nogil:
-    """Paging needs protection; long mode needs PAE; NW needs CD; PCID needs long mode."""
+    """Paging needs protection; long mode needs PAE; NW needs CD."""
     if cr0 & CR0_PG and not cr0 & CR0_PE:
         return False
     if cr0 & CR0_NW and not cr0 & CR0_CD:
