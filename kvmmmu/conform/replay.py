@@ -15,8 +15,9 @@ from kvmmmu.behaviour import MmioScheme
 from kvmmmu.conform.report import FileReport
 from kvmmmu.constants import TABLE
 from kvmmmu.cpu import GuestCpu, HostCpu
-from kvmmmu.errors import FormatError
+from kvmmmu.errors import ArgumentError, FormatError
 from kvmmmu.traces import Chunk, Kind, MemoryArea, Trace, open_trace
+from kvmmmu.traces.reader import CHUNK
 from kvmmmu.vcpu import VCpu
 from kvmmmu.vm import VM, Mmu
 
@@ -185,6 +186,7 @@ def replay(
     mmu: Mmu,
     mmio_scheme: MmioScheme | None = None,
     behaviour: str = "6.1",
+    check_every: int = 0,
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Send a recorded run through the model in one mode.
@@ -197,6 +199,8 @@ def replay(
         How MMIO faults are cached; the behaviour profile's own scheme if not given.
     behaviour : str
         The behaviour profile.
+    check_every : int
+        Ask ``vm.check`` for every invariant after each so many records, and after the last; 0 never asks.
     progress : callable, optional
         Called with (records done, records in all or None) after each chunk.
 
@@ -204,7 +208,11 @@ def replay(
     ------
     FormatError
         The trace is truncated or corrupt.
+    InvariantError
+        ``check_every`` found the machine inconsistent.
     """
+    if check_every < 0:
+        raise ArgumentError(f"check_every: {check_every} is below 0")
     memory = Memory(trace)
     vm, vcpu = _machine(mmu, mmio_scheme, behaviour)
     for area, start in memory.areas:
@@ -221,7 +229,7 @@ def replay(
     events = disagreements = 0
     first: str | None = None
     seconds = 0.0
-    for chunk in trace.chunks():
+    for chunk in trace.chunks(check_every or CHUNK):
         for span, root in roots.split(chunk):
             if root is not None and (pdptes := memory.pdptes(root)) is not None:
                 pdptes &= ~PDPTE_AD
@@ -234,6 +242,8 @@ def replay(
             disagreements += done.disagreements
             if first is None and done.first is not None:
                 first = _disagreement(done.first)
+        if check_every:
+            vm.check()
         if progress is not None:
             progress(events, trace.n_records)
     compared, different, where = _compare_tables(trace, memory, roots.seen)

@@ -7,6 +7,7 @@ import pytest
 
 from kvmmmu.conform.replay import MMUS, check, replay
 from kvmmmu.traces import Kind, bundled_trace, open_trace
+from kvmmmu.vm import VM
 
 SLICES = sorted((Path(__file__).parent.parent / "data" / "traces").glob("*.npz"))
 
@@ -31,6 +32,23 @@ def test_the_bundled_run_agrees_to_its_last_page_table_entry_and_repeated_mmio_t
     assert (report.events, report.tables_compared) == (trace.n_records, 512 * len(trace.page_gpa))
     assert sum(report.mmio.values()) == trace.meta["nio"]
     assert report.mmio["slow path"] < 0.001 * trace.meta["nio"]
+
+
+@pytest.mark.parametrize("mmu", MMUS)
+def test_every_invariant_holds_after_every_ten_thousandth_event(mmu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[VM] = []
+
+    def counted(vm: VM, **how: bool) -> None:
+        checked.append(vm)
+        check_of_vm(vm, **how)
+
+    check_of_vm = VM.check
+    monkeypatch.setattr(VM, "check", counted)
+    trace = open_trace(bundled_trace())
+    report = replay(trace, mmu=mmu, check_every=10_000)  # type: ignore[arg-type]
+    assert report.ok, report.first
+    assert trace.n_records is not None
+    assert len(checked) == -(-trace.n_records // 10_000)
 
 
 @pytest.mark.parametrize(
