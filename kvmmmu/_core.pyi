@@ -262,24 +262,6 @@ class VcpuCore(VcpuHandle):
     def move(
         self, gva: int, size: int, data: bytes | None, cpl: int, write: bool
     ) -> tuple[AccessResult, bytes]: ...
-    def run_insn(
-        self,
-        op: int,
-        gva: SupportsIndex,
-        size: int,
-        value: SupportsIndex,
-        expected: SupportsIndex,
-        src: SupportsIndex,
-        code_gva: SupportsIndex,
-        code_size: int,
-        cpl: int,
-        split_rmw: bool,
-        refetch: bool,
-        vectoring: int,
-        mmio_read: Callable[[int, int], bytes],
-    ) -> tuple[AccessResult, int, list[tuple[bool, int, int, int]], int]: ...
-    def fetch_software(self, code_gva: int, code_size: int) -> tuple[AccessResult, int]: ...
-    def trace_injection(self, vector: int, has_error: bool, error_code: int) -> None: ...
     def mmio_offsets(self, result: AccessResult) -> list[int]: ...
     def run_insn(
         self,

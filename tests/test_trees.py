@@ -86,7 +86,7 @@ def test_all_adds_pages_that_the_root_does_not_reach() -> None:
     assert [page.gfn for page in vm.page_tables() if page.level == 4] == [5]
     everything = vm.page_tables(all=True)
     assert [page.gfn for page in everything if page.level == 4] == [5, 1]
-    assert [page.gfn for page in vm.page_tables(previous=0)][0] == 1
+    assert vm.page_tables(previous=0).pages[0].gfn == 1
 
 
 def test_the_copy_does_not_change_with_the_machine_and_cannot_be_written() -> None:

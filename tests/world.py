@@ -15,6 +15,7 @@ import pytest
 import kvmmmu as km
 from kvmmmu.errors import InvariantError
 from kvmmmu.walks import Fault
+from machine import LONG, LONG5, MMIO, NX, P32, PAE3, PS, Machine, Mode, P
 
 N_TABLES = 16
 RAM = 4 << 20
