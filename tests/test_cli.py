@@ -192,7 +192,7 @@ def test_conform_agrees_with_every_slice_of_truth_in_the_tests_data() -> None:
     result = run("conform", str(data), "--json")
     files = json.loads(result.output)["files"]
     assert result.exit_code == 0
-    assert {report["kind"] for report in files} == {"vectors", "dump", "trace"}
+    assert {report["kind"] for report in files} == {"vectors", "dump", "trace", "golden"}
     assert all(report["agreed"] == report["total"] > 0 for report in files)
 
 
