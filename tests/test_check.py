@@ -37,12 +37,4 @@ def test_a_zapped_root_in_use_is_missed_when_it_leaves_the_hash():
     snapshot = Snapshot(vm._core.snapshot())
     assert list(hash_chains(snapshot)) == []
     snapshot.hash[:] = 0
-    assert {v.found for v in hash_chains(snapshot)} == {"is valid or a root in use, expected in the hash"}
-
-
-def test_a_zapped_page_that_nobody_holds_is_out_of_the_hash():
-    vm, _ = used_vm("shadow", 0x80000011)
-    vm.memslots.delete(0)
-    snapshot = Snapshot(vm._core.snapshot())
-    snapshot.pages["root_count"] = 0
-    assert {v.found for v in hash_chains(snapshot)} == {"is neither valid nor a root in use, expected out of the hash"}
+    assert {v.found for v in hash_chains(snapshot)} == {"is in use, expected in the hash"}
