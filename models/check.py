@@ -159,7 +159,17 @@ def check(run: Run) -> Result:
         if not (folder / "pan.c").exists():
             return Result(run, 0, 0, 0, 0, 0, [], made.stdout + made.stderr)
         subprocess.run(
-            ["cc", "-O2" if not run.quick else "-O1", "-w", "-DSAFETY", "-DCOLLAPSE", f"-DMEMLIM={MEMORY_MIB}", "-o", "pan", "pan.c"],
+            [
+                "cc",
+                "-O2" if not run.quick else "-O1",
+                "-w",
+                "-DSAFETY",
+                "-DCOLLAPSE",
+                f"-DMEMLIM={MEMORY_MIB}",
+                "-o",
+                "pan",
+                "pan.c",
+            ],
             cwd=folder,
             check=True,
         )

@@ -259,7 +259,7 @@ proctype Writer() {
         d_step { p = 0; a = 0; spte = 0 }
     :: step < STEPS && ram == 0 ->
         step++;
-        /* engine: slots_swap */
+        /* engine: slots_publish, slots_settle */
         ram = 1;
         store(WRITER, GENERATION, generation + UPDATING);
         /* engine: vm_drain */
@@ -274,7 +274,7 @@ proctype Writer() {
         store(WRITER, GENERATION, generation);
         barrier(WRITER);
         ram = 2;
-        printf("writer: address 0 has a slot (slots_swap)\n")
+        printf("writer: address 0 has a slot (slots_settle)\n")
 #if FORM != 2
     :: atomic { doomed[1] && waits[1] == 0 -> doomed[1] = false }; release(1)
     :: atomic { doomed[2] && waits[2] == 0 -> doomed[2] = false }; release(2)

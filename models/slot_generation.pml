@@ -211,7 +211,7 @@ inline drop_all() {
 
 /* Publish a table, wait for the readers of the old one, count. */
 inline swap(what) {
-    /* engine: slots_swap, slotset_replace */
+    /* engine: slots_publish, slotset_replace */
     d_step {
         next = 1 - current;
         content[next] = what;
@@ -223,7 +223,7 @@ inline swap(what) {
         updating[next] = false;
 #endif
         current = next;
-        printf("slots: table with %d is published (slots_swap)\n", what)
+        printf("slots: table with %d is published (slots_publish)\n", what)
     };
     /* engine: vm_drain, drain_readers */
     !marked[0];
@@ -239,10 +239,11 @@ inline swap(what) {
     :: else
     fi;
 #endif
+    /* engine: slots_settle */
     d_step {
         generation[next] = generation[next] + 1;
         updating[next] = false;
-        printf("slots: generation %d (slots_swap)\n", generation[next])
+        printf("slots: generation %d (slots_settle)\n", generation[next])
     };
 #ifdef WRAP_AFTER_BUMP
     if

@@ -82,6 +82,8 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     if cached:
         vcpu.stats[<int>VSTAT_MMIO_CACHE_HIT] += 1
         return RET_PF_EMULATE
+    # Before the walk: a stale spte in hand would look new if the numbers went round in between.
+    gen = vcpu_generation(vcpu)
     leaf = walk_sptes(vcpu, address, sptes, &top)
     if leaf == 0:
         return RET_PF_RETRY
@@ -93,7 +95,6 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
         return RET_PF_RETRY
     gfn = mmio_spte_gfn(&vm.masks, spte)
     access = mmio_spte_access(&vm.masks, spte)
-    gen = vcpu_generation(vcpu)
     ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
     if not mmio_gen_valid(gen, spte):
         return RET_PF_INVALID

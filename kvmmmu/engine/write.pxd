@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_present
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64
+from kvmmmu.engine.atomics cimport full_barrier, ld_u32, ld_u64
 from kvmmmu.engine.guest cimport guest_host
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport gfn_first_page, gfn_next_page, page_at, role_level, role_quadrant
@@ -78,6 +78,8 @@ cdef inline void track_write(Vcpu *vcpu, uint64_t gpa, int size) noexcept nogil:
     cdef uint64_t entry
     cdef int first = 0, n
     cdef bint flush = False
+    # The store before is seen by whoever counts a page after this reads the count: account_shadowed is the mirror.
+    full_barrier()
     if not vm.indirect_pages:
         return
     list_init(&invalid)
