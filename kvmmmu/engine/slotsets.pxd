@@ -89,8 +89,9 @@ cdef inline const Slot *slotset_overlap(const SlotSet *s, uint64_t base_gfn, uin
 
 
 cdef inline uint64_t slots_publish(Vm *vm, int as_id, SlotSet *next) noexcept nogil:
-    """Publish a table and wait for the readers of the one it replaces, which is freed; returns the generation to settle on.
+    """Publish a table and wait for the readers of the one it replaces, which is freed.
 
+    Returns the generation to settle on.
     While old and new readers coexist the generation carries bit 63, so that nothing
     learnt from the old table is taken for knowledge of the new one.
     """
