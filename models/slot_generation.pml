@@ -225,11 +225,9 @@ inline swap(what) {
         current = next;
         printf("slots: table with %d is published (slots_publish)\n", what)
     };
-    /* engine: vm_drain, drain_readers */
+    /* engine: vm_drain */
     !marked[0];
     !marked[1];
-    /* engine: rw_write_lock, rw_write_unlock */
-    !locked;
     freed[1 - next] = true;
 #if !defined(BUMP_FIRST) && !defined(NO_BUMP)
 #if !defined(WRAP_AFTER_BUMP) && !defined(NO_WRAP_ZAP)
