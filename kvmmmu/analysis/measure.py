@@ -80,9 +80,7 @@ def race(
     dict of list of float
         One element a round; the same round has the same index in every list.
     """
-    timers = {
-        name: Timer(work, timer=time.thread_time, globals=namespace or {}) for name, work in contestants.items()
-    }
+    timers = {name: Timer(work, timer=time.thread_time, globals=namespace or {}) for name, work in contestants.items()}
     empty = Timer("pass", timer=time.thread_time)
     calls = {name: _calls(timer) for name, timer in timers.items()}
     order = list(timers)
