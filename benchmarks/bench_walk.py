@@ -110,10 +110,3 @@ def bench_nested(against: Callable[..., None], compile_c: Callable[[str], ctypes
     assert np.array_equal(own, other)
     assert (own["fault"] == 0).sum() == N - N // 256
     against(work, items=N, c=reference)
-
-
-@pytest.mark.benchmark(group="one walk from Python")
-def bench_one(against: Callable[..., None], image: Image) -> None:
-    walk = image.paging.walk
-    assert walk(0x5123) == image.paging.translate([0x5123])["gpa"][0]
-    against(lambda: walk(0x5123), items=1, len=lambda: len("walk"))

@@ -47,7 +47,7 @@ class Goal:
 
 GOALS: tuple[Goal, ...] = (
     Goal("Paging.walk(gva), int result, in calls of len()", "bench_single[walk]", "len", most=3.3),
-    Goal("Paging.walk_one(gva), result object, in calls of len()", "bench_single[walk_one]", "len", most=2.5),
+    Goal("Paging.translate_one(gva), result object, in calls of len()", "bench_single[translate_one]", "len", most=2.5),
     Goal("vcpu.access(gva, 'w', cpl=0), in calls of len()", "bench_single[access]", "len", most=6),
     Goal("mmio spte encode, arrays, against C", "bench_encode[*]", "c", most=1.1),
     Goal("mmio spte decode, arrays, against C", "bench_decode[*]", "c", most=1.1),
