@@ -38,7 +38,7 @@ def bench_same_loop(
     paging, areas = refs.Paging.long_mode(ROOT, 46), refs.Memory.of((0, len(memory) - 1, memory.ctypes.data))
     own, other = np.zeros(N, TRANSLATION), np.zeros(N, TRANSLATION)
     library = compile_c("ref_walk.c")
-    columns = (refs.pointer(gvas), ctypes.c_size_t(N), ctypes.c_uint64(WRITE_USER), 0, refs.pointer(other))
+    columns = (refs.pointer(gvas), ctypes.c_size_t(N), ctypes.c_uint64(WRITE_USER), refs.pointer(other))
     addresses = (ctypes.addressof(paging), ctypes.addressof(areas))
 
     def reference() -> None:

@@ -125,10 +125,17 @@ int ref_walk(const struct ref_paging *p, struct ref_memory *m, uint64_t va, uint
 }
 
 void ref_translate(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n, uint64_t access,
-                   int set_ad, struct ref_translation *out)
+                   struct ref_translation *out)
 {
     for (size_t i = 0; i < n; i++)
-        ref_walk(p, m, gvas[i], access, set_ad, &out[i]);
+        ref_walk(p, m, gvas[i], access, 0, &out[i]);
+}
+
+void ref_translate_ad(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n, uint64_t access,
+                      struct ref_translation *out)
+{
+    for (size_t i = 0; i < n; i++)
+        ref_walk(p, m, gvas[i], access, 1, &out[i]);
 }
 
 /*
@@ -186,10 +193,10 @@ leaf:
 }
 
 void ref_translate_unrolled(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n,
-                            uint64_t access, int set_ad, struct ref_translation *out)
+                            uint64_t access, struct ref_translation *out)
 {
     for (size_t i = 0; i < n; i++)
-        ref_walk_unrolled(p, m, gvas[i], access, set_ad, &out[i]);
+        ref_walk_unrolled(p, m, gvas[i], access, 0, &out[i]);
 }
 
 /*
