@@ -64,6 +64,7 @@ RUNS = [
         )
     ),
     *runs("slot_generation", "-DONE_VCPU -DUPDATES=5", "-DUPDATES=2", holds=True),
+    *runs("slot_generation", "-DNO_UPDATE_BIT -DONE_VCPU -DUPDATES=5", holds=True),
     *runs("slot_generation", "-DUPDATES=4", holds=True, quick=False),
     *(
         Run("slot_generation", f"-D{flag} -DONE_VCPU -DUPDATES=5", False)

@@ -68,7 +68,7 @@ inline teardown(p) {
 #endif
         printf("table %d is taken down (tdp_teardown)\n", p)
     };
-    /* engine: tdp_free */
+    /* engine: tdp_defer, tdp_free */
     d_step {
         doomed[p] = true;
 #if defined(NO_GRACE)
@@ -85,7 +85,7 @@ inline teardown(p) {
 active proctype Grace() {
 end:
     do
-    /* engine: kvmmmu_drain_readers, page_free */
+    /* engine: tdp_reap, kvmmmu_drain_readers, page_free */
     :: d_step {
         doomed[1] && waits[1] == 0 ->
         printf("table 1 is free (page_free)\n");

@@ -12,7 +12,8 @@
  * as MMIO; while none does, it does not reach memory; a table of slots that a reader holds is not freed.
  *
  * Controls: NO_BUMP, BUMP_FIRST, NO_READER_MARK, NO_WRAP_ZAP, WRAP_AFTER_BUMP, NO_INVALID,
- * UNSTAMPED_RECORD, GENERATION_AFTER_WALK.
+ * UNSTAMPED_RECORD, GENERATION_AFTER_WALK.  Not one: NO_UPDATE_BIT, which holds; what is cached during an update
+ * carries the old number and misses after it.
  */
 #ifndef ACCESSES
 #define ACCESSES 2
@@ -39,7 +40,7 @@ byte spte;            /* 0, 1: present, 4 + g: mmio of generation g */
 #define RETRY 2       /* no spte, but how a fault ended */
 byte tree;            /* moves when every translation is dropped */
 
-bool marked[2];       /* the vCPU's line: in a fault, or in the processor's walk */
+bool marked[2];       /* the vCPU's line says SLOTS, since the VM entry before */
 bool locked;          /* mmu_lock */
 
 /* The claims' own knowledge: what held for good when a call returned. */
@@ -62,12 +63,12 @@ inline fill_record() {
 }
 
 inline mark() {
-    /* engine: kvmmmu_reading_begin */
+    /* engine: vcpu_claim, kvmmmu_line_claim, kvmmmu_guest_enter */
     marked[id] = true
 }
 
 inline unmark() {
-    /* engine: kvmmmu_reading_end */
+    /* engine: vcpu_release, kvmmmu_line_release */
     marked[id] = false
 }
 
@@ -222,10 +223,13 @@ inline swap(what) {
         generation[next] = generation[next] + 1;
         updating[next] = false;
 #endif
+#ifdef NO_UPDATE_BIT
+        updating[next] = false;
+#endif
         current = next;
         printf("slots: table with %d is published (slots_publish)\n", what)
     };
-    /* engine: vm_drain */
+    /* engine: vm_drain, kvmmmu_wait_line */
     !marked[0];
     !marked[1];
     freed[1 - next] = true;

@@ -69,7 +69,7 @@ proctype Emulator() {
 proctype Processor() {
     byte counted, writable;
 #ifndef NO_READER_MARK
-    /* engine: kvmmmu_reading_begin */
+    /* engine: kvmmmu_guest_enter */
     exchange(PROCESSOR, MODE, 1);
 #endif
     /* engine: hardware_access */
@@ -81,7 +81,7 @@ proctype Processor() {
     :: else
     fi;
 #ifndef NO_READER_MARK
-    /* engine: kvmmmu_reading_end */
+    /* engine: kvmmmu_guest_exit */
     store_release(PROCESSOR, MODE, 0);
 #endif
     if

@@ -86,7 +86,7 @@ proctype Guest() {
     :: tries < 3 && version < ROUNDS ->
         tries++;
 #ifndef NO_READER_MARK
-        /* engine: kvmmmu_reading_begin */
+        /* engine: kvmmmu_guest_enter */
         exchange(GUEST, MODE, 1);
 #endif
         /* engine: hardware_access */
@@ -99,7 +99,7 @@ proctype Guest() {
         :: else -> skip
         fi;
 #ifndef NO_READER_MARK
-        /* engine: kvmmmu_reading_end */
+        /* engine: kvmmmu_guest_exit */
         store_release(GUEST, MODE, 0);
 #endif
         if
