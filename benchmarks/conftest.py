@@ -62,32 +62,43 @@ def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """``kernels.pyx``, built against kvmmmu as any dependant is."""
+def compile_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModuleType]:
+    """Build a .pyx of this directory as any dependant is built; the engine's rooms are those of this checkout."""
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
 
-    folder = tmp_path_factory.mktemp("kernels")
-    shutil.copy(HERE / "kernels.pyx", folder)
-    extension = Extension(
-        "kernels",
-        [str(folder / "kernels.pyx")],
-        include_dirs=[kvmmmu.get_include()],
-        extra_compile_args=["-O3", "-fwrapv", "-g0"],
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the build tools
-        modules = cythonize([extension], include_path=[str(Path(kvmmmu.__file__).parent.parent)], quiet=True)
-        build = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
-        build.build_lib = build.build_temp = str(folder)
-        build.ensure_finalized()
-        build.run()
-    (built,) = folder.glob("kernels*.so")
-    spec = importlib.util.spec_from_file_location("kernels", built)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    @functools.cache
+    def compile_one(name: str) -> ModuleType:
+        folder = tmp_path_factory.mktemp("kernels")
+        stem = Path(name).stem
+        shutil.copy(HERE / name, folder)
+        extension = Extension(
+            stem,
+            [str(folder / name)],
+            include_dirs=[kvmmmu.get_include(), str(HERE)],
+            extra_compile_args=["-O3", "-fwrapv", "-g0"],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the build tools
+            modules = cythonize([extension], include_path=[str(HERE.parent)], quiet=True)
+            build = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
+            build.build_lib = build.build_temp = str(folder)
+            build.ensure_finalized()
+            build.run()
+        (built,) = folder.glob(f"{stem}*.so")
+        spec = importlib.util.spec_from_file_location(stem, built)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return compile_one
+
+
+@pytest.fixture(scope="session")
+def kernels(compile_kernels: Callable[[str], ModuleType]) -> ModuleType:
+    """``kernels.pyx``: batches over kernels that Python has no door to."""
+    return compile_kernels("kernels.pyx")
 
 
 class Rows:
