@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu._arguments import bytes_of, column_u64, index_in, index_u64
-from kvmmmu._core import AccessResult, VcpuCore
+from kvmmmu._core import AccessResult
 from kvmmmu.cpu import GuestCpu
 from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
 from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
@@ -18,7 +18,8 @@ from kvmmmu.outcome import Outcome
 from kvmmmu.records import ACCESS
 from kvmmmu.sptes import SpteFormat
 from kvmmmu.stats import VCpuStats
-from kvmmmu.tlb import Tlb, entries_of
+from kvmmmu.tlb import Tlb
+from kvmmmu.vcpu_tlb import TranslationCaches
 from kvmmmu.walks import walk_result
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _PIECE = 64
 _INSNS = ("load", "store", "fetch", "add", "cmpxchg", "movs")
 
 
-class VCpu(VcpuCore):
+class VCpu(TranslationCaches):
     """A vCPU; made by ``VM.create_vcpu``.
 
     A vCPU is one thread's at a time; a second one gets ``VCpuBusyError``.
@@ -160,86 +161,6 @@ class VCpu(VcpuCore):
         """WRMSR to EFER; raises GuestFaultError when LME changes under paging, ArgumentError for a missing feature."""
         self.cpu.check_registers(self.regs.cr4, index_u64("efer", value))
         self._load(8, "efer", value)
-
-    # -- the caches of translations
-
-    def use_tlb(self, tlb: Tlb) -> None:
-        """Give the processor caches of translations; what ``VM.create_vcpu(tlb=…)`` does, once.
-
-        Raises
-        ------
-        ArgumentError
-            It has some already.
-        """
-        if self.tlb is not None:
-            raise ArgumentError(f"tlb: the vCPU has one already, {self.tlb}")
-        self.tlb_start(tlb.geometry(), tlb.spurious_faults)
-        self.tlb = tlb
-
-    def tlb_entries(self) -> npt.NDArray[np.void]:
-        """What is cached now.
-
-        Returns
-        -------
-        structured array
-            Fields of ``kvmmmu.tlb.TLB_ENTRY``.  ``address`` is linear (of a paging-structure cache: shifted down to what
-            the entry stands for), or guest-physical in ``guest_physical`` and ``nested …``; ``pcid`` is -1 for global
-            pages and -2 for guest-physical mappings; ``refuses`` has 1, 2, 4 for reads, writes, fetches that must be
-            walked whatever ``access`` allows.
-
-        Raises
-        ------
-        VmBusyError
-            A vCPU is running.
-        """
-        return entries_of(self.core.tlb_list(self.id))
-
-    def invpcid(self, kind: SupportsIndex, pcid: SupportsIndex = 0, gva: SupportsIndex = 0) -> None:
-        """INVPCID (SDM vol. 2A).
-
-        Parameters
-        ----------
-        kind : {0, 1, 2, 3}
-            One address of a PCID, a whole PCID, everything, everything but global pages.
-        pcid, gva : int
-
-        Raises
-        ------
-        GuestFaultError
-            #GP: a type above 3, a PCID of more than 12 bits, one other than 0 without CR4.PCIDE, an address that is
-            not canonical.
-        """
-        what = index_u64("kind", kind), index_u64("pcid", pcid), index_u64("gva", gva)
-        if what[0] > 3 or not self.invpcid_checked(*what):
-            raise GuestFaultError(f"#GP: INVPCID type {what[0]}, pcid {what[1]:#x}, gva {what[2]:#x}; nothing changed")
-
-    def invept(self) -> None:
-        """INVEPT of the current EPTP, as KVM executes it: guest-physical and combined mappings go.
-
-        Raises
-        ------
-        ArgumentError
-            The VM has no EPT.
-        """
-        if self.vm.mmu != "ept":
-            raise ArgumentError(f"INVEPT needs a VM with mmu='ept'; this one has {self.vm.mmu!r}")
-        self.tlb_drop(0, 0, 0)
-
-    def invvpid(self, kind: SupportsIndex, gva: SupportsIndex = 0) -> None:
-        """INVVPID of the vCPU's VPID (APM: flushing its ASID), as KVM executes it; guest-physical mappings stay.
-
-        Parameters
-        ----------
-        kind : {0, 1, 2, 3}
-            One address, the VPID, every VPID, the VPID but global pages.
-        gva : int
-
-        Raises
-        ------
-        ArgumentError
-            A kind above 3.
-        """
-        self.tlb_drop(1, index_in("kind", kind, 0, 3), index_u64("gva", gva))
 
     # -- accesses with data
 

@@ -33,7 +33,7 @@ FLOORS: list[tuple[str, set[str]]] = [
             *("_arguments", "behaviour", "constants", "cpu", "events", "memslots", "mmio", "paging", "records"),
             # What face objects hand out or print themselves with.
             # ``check`` and ``trees`` look at a copy of the state: they may stand below the VM that offers them.
-            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vm", "walks"),
+            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vcpu_tlb", "vm", "walks"),
         },
     ),
     ("eyes and readers", {"dumps", "golden", "traces"}),

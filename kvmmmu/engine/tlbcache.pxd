@@ -279,11 +279,16 @@ cdef inline void array_drop_parts(const TlbArray *a, uint64_t va, uint64_t conte
 cdef inline void tlb_drop_linear(Tlb *t, uint64_t va, uint64_t context, uint64_t other) noexcept nogil:
     """All that translates an address in either context, and the rest of the page it is in."""
     cdef int size
-    if t.split:
-        for size in range(TLB_SIZES):
-            array_drop_parts(&t.first[size], va, context, other)
-        array_drop_parts(&t.second, va, context, other)
+    if not t.split:
+        tlb_drop_entry(t, va, context, other)
         return
+    for size in range(TLB_SIZES):
+        array_drop_parts(&t.first[size], va, context, other)
+    array_drop_parts(&t.second, va, context, other)
+
+cdef inline void tlb_drop_entry(Tlb *t, uint64_t va, uint64_t context, uint64_t other) noexcept nogil:
+    """Only what translates the address itself."""
+    cdef int size
     for size in range(TLB_SIZES):
         if (t.sizes >> size) & 1:
             array_drop(&t.first[size], va, tlb_shift(size), context, other)

@@ -15,7 +15,8 @@ from kvmmmu.engine.state cimport (
     MMU_EPT, MMU_NPT, PSC_LEVELS, PscArray, TLB_PCIDS, TLB_SIZES, Tlb, TlbArray, TlbEntry, Vcpu,
 )
 from kvmmmu.engine.tlbcache cimport (
-    CONTEXT_EPOCH_SHIFT, CONTEXT_PCID_BITS, EPOCH_BITS, nested_drop, tlb_drop_linear, tlb_key, tlb_pcid, tlb_retag,
+    CONTEXT_EPOCH_SHIFT, CONTEXT_PCID_BITS, EPOCH_BITS, nested_drop, tlb_drop_entry, tlb_drop_linear,
+    tlb_key, tlb_pcid, tlb_retag,
     tlb_shift,
 )
 
@@ -144,7 +145,7 @@ cdef inline void tlb_invpcid(Vcpu *vcpu, int kind, uint64_t pcid, uint64_t va) n
 cdef inline void tlb_page_fault(Vcpu *vcpu, int fmt, uint64_t va) noexcept nogil:
     """What a #PF, or an EPT violation or NPF of a linear address, takes along: it must not happen again from a cache."""
     cdef Tlb *t = vcpu.tlb
-    tlb_drop_linear(t, va, t.context, t.global_context)
+    tlb_drop_entry(t, va, t.context, t.global_context)
     psc_drop(fmt, t.psc, va, t.psc_context)
 
 cdef inline void tlb_nested_fault(Vcpu *vcpu, int fmt, uint64_t gpa) noexcept nogil:

@@ -18,7 +18,7 @@ from kvmmmu.engine.state cimport (
     VSTAT_TLB_HIT, VSTAT_TLB_MISS, VSTAT_TLB_NESTED_HIT, VSTAT_TLB_NESTED_MISS, VSTAT_WALK_CACHE_HIT,
     VSTAT_WALK_REF_L1, Vcpu,
 )
-from kvmmmu.engine.tlbcache cimport nested_drop, nested_fill, nested_find, tlb_drop_linear, tlb_fill, tlb_find, tlb_offset
+from kvmmmu.engine.tlbcache cimport nested_drop, nested_fill, nested_find, tlb_drop_entry, tlb_fill, tlb_find, tlb_offset
 from kvmmmu.engine.tlbflush cimport tlb_nested_fault, tlb_page_fault
 from kvmmmu.engine.walk cimport walk_fetch, walk_nested_set_ad, walk_second_access, walk_set_ad
 
@@ -322,7 +322,7 @@ cdef inline int tlb_refused(Vcpu *vcpu, const Paging *p, const TlbEntry *e, uint
     cdef Walk *w = &vcpu.nested if vcpu.vm.mmu == MMU_SHADOW else &vcpu.walk
     cdef uint64_t refused = permission_fault(p, access, e.acc, vcpu.ac, e.pkey)
     if not refused:
-        tlb_drop_linear(vcpu.tlb, va, vcpu.tlb.context, vcpu.tlb.global_context)
+        tlb_drop_entry(vcpu.tlb, va, vcpu.tlb.context, vcpu.tlb.global_context)
         return FAULT_NONE
     tlb_page_fault(vcpu, p.format, va)
     if not vcpu.tlb.spurious_faults:
