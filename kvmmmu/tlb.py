@@ -84,8 +84,8 @@ class Tlb:
 
     Notes
     -----
-    The defaults are those of a Skylake core as far as Intel's optimization manual gives them (data TLB and second level).
-    Instructions and data share every array.
+    The defaults are those of a Skylake core as far as Intel's optimization manual gives them (data TLB, second
+    level).  Instructions and data share every array.
     """
 
     pages_4k: Geometry = (16, 4)

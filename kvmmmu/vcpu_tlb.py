@@ -43,10 +43,10 @@ class TranslationCaches(VcpuCore):
         Returns
         -------
         structured array
-            Fields of ``kvmmmu.tlb.TLB_ENTRY``.  ``address`` is linear (of a paging-structure cache: shifted down to what
-            the entry stands for), or guest-physical in ``guest_physical`` and ``nested …``; ``pcid`` is -1 for global
-            pages and -2 for guest-physical mappings; ``refuses`` has 1, 2, 4 for reads, writes, fetches that must be
-            walked whatever ``access`` allows.
+            Fields of ``kvmmmu.tlb.TLB_ENTRY``.  ``address`` is linear (of a paging-structure cache: shifted down to
+            what the entry stands for), or guest-physical in ``guest_physical`` and ``nested …``; ``pcid`` is -1 for
+            global pages and -2 for guest-physical mappings; ``refuses`` has 1, 2, 4 for reads, writes, fetches that
+            must be walked whatever ``access`` allows.
 
         Raises
         ------

@@ -14,8 +14,8 @@ from kvmmmu.engine.tlbcache cimport context_alive
 
 cdef inline PscEntry *psc_find(const PscArray *a, uint64_t key, uint64_t context) noexcept nogil:
     cdef PscEntry *e = a.entries + (key & a.mask) * a.ways
-    cdef uint32_t i
-    for i in range(a.ways):
+    cdef uint32_t _
+    for _ in range(a.ways):
         if e.key == key and e.context == context:
             return e
         e += 1
@@ -26,8 +26,8 @@ cdef inline void psc_enter(Tlb *t, const PscArray *a, const PscEntry *new_) noex
     cdef PscEntry *e = a.entries + (new_.key & a.mask) * a.ways
     cdef PscEntry *oldest = e
     cdef uint64_t age, best = ALL_ONES
-    cdef uint32_t i
-    for i in range(a.ways):
+    cdef uint32_t _
+    for _ in range(a.ways):
         if e.key == new_.key and e.context == new_.context:
             oldest = e
             break

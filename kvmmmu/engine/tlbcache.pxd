@@ -130,8 +130,8 @@ cdef inline TlbEntry *array_find(const TlbArray *a, uint64_t address, uint64_t s
                                  uint64_t other) noexcept nogil:
     cdef TlbEntry *e = a.entries + ((address >> shift) & a.mask) * a.ways
     cdef uint64_t key = tlb_key(address, shift)
-    cdef uint32_t i
-    for i in range(a.ways):
+    cdef uint32_t _
+    for _ in range(a.ways):
         if e.key == key and (e.context == context or e.context == other):
             return e
         e += 1
@@ -145,8 +145,8 @@ cdef inline TlbEntry *array_victim(const Tlb *t, const TlbArray *a, uint64_t add
     cdef TlbEntry *oldest = NULL
     cdef uint64_t key = tlb_key(address, shift)
     cdef uint64_t age, best = ALL_ONES
-    cdef uint32_t i
-    for i in range(a.ways):
+    cdef uint32_t _
+    for _ in range(a.ways):
         if e.key == key and e.context == context:
             return e
         age = e.used if context_alive(t, e.context, False) else 0
@@ -268,9 +268,9 @@ cdef inline void array_drop(const TlbArray *a, uint64_t va, uint64_t shift, uint
 
 cdef inline void array_drop_parts(const TlbArray *a, uint64_t va, uint64_t context, uint64_t other) noexcept nogil:
     """Every entry made of the mapping that holds va, wherever in it."""
-    cdef size_t i
+    cdef size_t _
     cdef TlbEntry *e = a.entries
-    for i in range(<size_t>(a.mask + 1) * a.ways):
+    for _ in range(<size_t>(a.mask + 1) * a.ways):
         if (context_matches(e.context, context, other)
                 and ((((e.key >> 6) << (e.key & 63)) ^ va) >> e.linear_shift) == 0):
             e.context = 0

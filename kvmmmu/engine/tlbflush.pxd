@@ -143,7 +143,7 @@ cdef inline void tlb_invpcid(Vcpu *vcpu, int kind, uint64_t pcid, uint64_t va) n
 # ---- faults (SDM vol. 3A section 4.10.4.1, vol. 3C section 29.4.3.1) ---------------------------
 
 cdef inline void tlb_page_fault(Vcpu *vcpu, int fmt, uint64_t va) noexcept nogil:
-    """What a #PF, or an EPT violation or NPF of a linear address, takes along: it must not happen again from a cache."""
+    """What a #PF (EPT violation, NPF) of a linear address takes along, so that no cache makes it happen again."""
     cdef Tlb *t = vcpu.tlb
     tlb_drop_entry(t, va, t.context, t.global_context)
     psc_drop(fmt, t.psc, va, t.psc_context)
@@ -159,16 +159,16 @@ cdef inline void tlb_nested_fault(Vcpu *vcpu, int fmt, uint64_t gpa) noexcept no
 cdef inline void array_drop_any(const TlbArray *a, uint64_t va, bint parts) noexcept nogil:
     """An address in every context; ``parts``: wherever in the mapping that holds it."""
     cdef TlbEntry *e = a.entries
-    cdef size_t i
-    for i in range(<size_t>(a.mask + 1) * a.ways if parts else 0):
+    cdef size_t _
+    for _ in range(<size_t>(a.mask + 1) * a.ways if parts else 0):
         if ((((e.key >> 6) << (e.key & 63)) ^ va) >> e.linear_shift) == 0:
             e.context = 0
         e += 1
 
 cdef inline void array_drop_key(const TlbArray *a, uint64_t va, uint64_t shift) noexcept nogil:
     cdef TlbEntry *e = a.entries + ((va >> shift) & a.mask) * a.ways
-    cdef uint32_t i
-    for i in range(a.ways):
+    cdef uint32_t _
+    for _ in range(a.ways):
         if e.key == tlb_key(va, shift):
             e.context = 0
         e += 1

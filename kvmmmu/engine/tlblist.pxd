@@ -95,8 +95,8 @@ cdef inline uint64_t *tlb_record(TlbRecords *r) noexcept nogil:
 cdef inline void list_array(Vcpu *vcpu, const TlbArray *a, int place, TlbRecords *r) noexcept nogil:
     cdef TlbEntry *e = a.entries
     cdef uint64_t *w
-    cdef size_t i
-    for i in range(<size_t>(a.mask + 1) * a.ways):
+    cdef size_t _
+    for _ in range(<size_t>(a.mask + 1) * a.ways):
         if context_alive(vcpu.tlb, e.context, False):
             w = tlb_record(r)
             if w != NULL:
@@ -116,8 +116,8 @@ cdef inline void list_tables(Vcpu *vcpu, const PscArray *a, int place, int level
                              TlbRecords *r) noexcept nogil:
     cdef PscEntry *e = a.entries
     cdef uint64_t *w
-    cdef size_t i
-    for i in range(<size_t>(a.mask + 1) * a.ways):
+    cdef size_t _
+    for _ in range(<size_t>(a.mask + 1) * a.ways):
         if context_alive(vcpu.tlb, e.context, True):
             w = tlb_record(r)
             if w != NULL:

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """An access of a processor that caches translations: a hit, or a walk that begins as low as it can.
 
-Without the caches the same walks stand in ``walk.pxd``; the steps are those of ``bits/guest_walk.pxd`` in both.  What the
-guest cannot see while it flushes as it must: a refused access is walked again from the top before it faults,
+Without the caches the same walks stand in ``walk.pxd``; the steps are those of ``bits/guest_walk.pxd`` in both.  A
+guest that flushes as it must cannot tell them apart: a refused access is walked again from the top before it faults,
 because raising rights needs no flush (SDM vol. 3A section 4.10.4.3).
 """
 
@@ -18,7 +18,9 @@ from kvmmmu.engine.state cimport (
     VSTAT_TLB_HIT, VSTAT_TLB_MISS, VSTAT_TLB_NESTED_HIT, VSTAT_TLB_NESTED_MISS, VSTAT_WALK_CACHE_HIT,
     VSTAT_WALK_REF_L1, Vcpu,
 )
-from kvmmmu.engine.tlbcache cimport nested_drop, nested_fill, nested_find, tlb_drop_entry, tlb_fill, tlb_find, tlb_offset
+from kvmmmu.engine.tlbcache cimport (
+    nested_drop, nested_fill, nested_find, tlb_drop_entry, tlb_fill, tlb_find, tlb_offset,
+)
 from kvmmmu.engine.tlbflush cimport tlb_nested_fault, tlb_page_fault
 from kvmmmu.engine.walk cimport walk_fetch, walk_nested_set_ad, walk_second_access, walk_set_ad
 

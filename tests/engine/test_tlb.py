@@ -10,9 +10,31 @@ import pytest
 import kvmmmu as km
 from kvmmmu.errors import ArgumentError, GuestFaultError
 from machine import (
-    DATA, KERNEL, LONG, LONG5, MMIO, MMUS, NOFLUSH, P32, PAE3, PCIDE, PGE, PKE, RAM, SMAP, SMEP, USER, A, D, G, Machine,
-    Mode, P, U, W,
-)  # fmt: skip
+    DATA,
+    KERNEL,
+    LONG,
+    LONG5,
+    MMIO,
+    MMUS,
+    NOFLUSH,
+    P32,
+    PAE3,
+    PCIDE,
+    PGE,
+    PKE,
+    RAM,
+    SMAP,
+    SMEP,
+    USER,
+    A,
+    D,
+    G,
+    Machine,
+    Mode,
+    P,
+    U,
+    W,
+)
 
 OK, IO, PF = km.Outcome.OK, km.Outcome.MMIO, km.Outcome.PF
 TDP = ("ept", "npt")
