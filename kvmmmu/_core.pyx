@@ -211,7 +211,8 @@ from kvmmmu.bits.paging cimport (
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
-from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_many, walk_any
+from kvmmmu.engine.batch cimport BATCH_RING, translate_many
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 
@@ -359,6 +360,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.guest = &self.paging
         self.tables.host = &self.host
         self.tables.map = &self.map
+        self.tables.kernel = BATCH_RING
         self.handle = <kvmmmu_tables *>&self.tables
         self.ready = True
 
@@ -440,7 +442,21 @@ cdef class PagingCore(TablesHandle):
         cdef uint64_t bits = access_arg(access, cpl, implicit)
         with nogil:
             translate_many(&self.paging, &self.host, &self.map, <const uint64_t *>src.view.buf, n, bits, ac, set_ad,
-                           <Translation *>dst.view.buf)
+                           self.tables.kernel, <Translation *>dst.view.buf)
+
+    @property
+    def best_kernel(self):
+        """The largest number that ``kernel`` may have on this processor."""
+        return BATCH_RING
+
+    @property
+    def kernel(self):
+        """How ``translate`` works: 0 walk by walk, 1 caches and prefetching, 2 the same with AVX-512."""
+        return self.tables.kernel
+
+    @kernel.setter
+    def kernel(self, value):
+        self.tables.kernel = small_arg(value, "kernel", 0, self.best_kernel)
 
     def mappings_into(self, gva, out, int64_t walks):
         """List leaves from ``gva`` on; returns how many, and the address to go on from (None: that was all)."""
@@ -634,8 +650,10 @@ def record_layouts():
     }
 
 
-def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialect):
-    """Walk each case over its own words; ``cases`` and ``answers`` are records as in ``record_layouts``."""
+def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialect, int kernel=0):
+    """Walk each case over its own words; ``cases`` and ``answers`` are records as in ``record_layouts``.
+
+    ``kernel``: 0 alone, else as the first row of a batch (``PagingCore.kernel``)."""
     cdef WalkColumn c = WalkColumn.of(cases, "cases", sizeof(WalkCase), -1, False)
     cdef int64_t n = c.view.len // <Py_ssize_t>sizeof(WalkCase)
     cdef WalkColumn o = WalkColumn.of(offsets, "offsets", 8, n + 1, False)
@@ -679,7 +697,7 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
             scratch.writable[i] = 1
         with nogil:
             bad = cases_run(<const WalkCase *>c.view.buf, n, offset, address, <const uint64_t *>before.view.buf,
-                            <uint64_t *>after.view.buf, dialect, &scratch, <WalkAnswer *>out.view.buf)
+                            <uint64_t *>after.view.buf, dialect, kernel, &scratch, <WalkAnswer *>out.view.buf)
         assert bad < 0
     finally:
         PyMem_RawFree(scratch.first)
