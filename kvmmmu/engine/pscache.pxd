@@ -28,10 +28,13 @@ cdef inline void psc_enter(Tlb *t, const PscArray *a, const PscEntry *new_) noex
     cdef uint64_t age, best = ALL_ONES
     cdef uint32_t _
     for _ in range(a.ways):
-        if e.key == new_.key and e.context == new_.context:
-            oldest = e
-            break
-        age = e.used if context_alive(t, e.context, True) else 0
+        if e.context == new_.context:
+            if e.key == new_.key:
+                oldest = e
+                break
+            age = e.used
+        else:
+            age = e.used if context_alive(t, e.context, True) else 0
         if age < best:
             best = age
             oldest = e

@@ -147,9 +147,12 @@ cdef inline TlbEntry *array_victim(const Tlb *t, const TlbArray *a, uint64_t add
     cdef uint64_t age, best = ALL_ONES
     cdef uint32_t _
     for _ in range(a.ways):
-        if e.key == key and e.context == context:
-            return e
-        age = e.used if context_alive(t, e.context, False) else 0
+        if e.context == context:
+            if e.key == key:
+                return e
+            age = e.used
+        else:
+            age = e.used if context_alive(t, e.context, False) else 0
         if age < best:
             best = age
             oldest = e

@@ -40,7 +40,7 @@ steps = st.lists(
 
 @pytest.mark.parametrize("mmu", MMUS)
 @pytest.mark.parametrize("mode", [P32, PAE3, LONG, LONG5], ids=lambda mode: mode.name)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tlb=tlbs, layout=st.lists(number, min_size=40, max_size=40), program=steps)
 def test_answers_and_memory_are_those_of_a_plain_walk(
     mmu: str, mode: Mode, tlb: km.Tlb, layout: list[int], program: list[tuple[Any, ...]]
@@ -91,8 +91,10 @@ def test_a_guest_that_flushes_runs_alike_with_a_tlb_and_without(mmu: str, progra
     assert np.array_equal(twins[0].ram, twins[1].ram)
 
 
-@pytest.mark.parametrize("mmu", MMUS)
-@pytest.mark.parametrize("tlb", [km.Tlb(), km.Tlb((1, 1), None, None, None, pde=(1, 1), guest_physical=(1, 1))])
+SMALL = km.Tlb((1, 1), None, None, None, pde=(1, 1), guest_physical=(1, 1))
+
+
+@pytest.mark.parametrize(("mmu", "tlb"), [*((mmu, km.Tlb()) for mmu in MMUS), ("ept", SMALL)])
 def test_a_recorded_boot_replays_alike_with_a_tlb(mmu: Any, tlb: km.Tlb) -> None:
     report = replay(open_trace(bundled_trace()), mmu=mmu, tlb=tlb)
     assert report.ok and report.tables_compared > 0
