@@ -71,7 +71,7 @@ class TranslationCaches(VcpuCore):
             not canonical.
         """
         what = index_u64("kind", kind), index_u64("pcid", pcid), index_u64("gva", gva)
-        if what[0] > 3 or not self.invpcid_checked(*what):
+        if what[0] > 3 or not self.tlb_instruction(2, *what):
             raise GuestFaultError(f"#GP: INVPCID type {what[0]}, pcid {what[1]:#x}, gva {what[2]:#x}; nothing changed")
 
     def invept(self) -> None:
@@ -84,7 +84,7 @@ class TranslationCaches(VcpuCore):
         """
         if self.vm.mmu != "ept":
             raise ArgumentError(f"INVEPT needs a VM with mmu='ept'; this one has {self.vm.mmu!r}")
-        self.tlb_drop(0, 0, 0)
+        self.tlb_instruction(0, 0, 0, 0)
 
     def invvpid(self, kind: SupportsIndex, gva: SupportsIndex = 0) -> None:
         """INVVPID of the vCPU's VPID (APM: flushing its ASID), as KVM executes it; guest-physical mappings stay.
@@ -100,4 +100,4 @@ class TranslationCaches(VcpuCore):
         ArgumentError
             A kind above 3.
         """
-        self.tlb_drop(1, index_in("kind", kind, 0, 3), index_u64("gva", gva))
+        self.tlb_instruction(1, index_in("kind", kind, 0, 3), 0, index_u64("gva", gva))

@@ -521,6 +521,16 @@ def test_a_4_mib_page_is_cached_in_two_halves_and_dropped_as_one(mmu: str) -> No
     assert cost(m, 0x4000_0000 + LARGE) > 0
 
 
+def test_invlpg_that_kvm_carries_out_drops_the_address_from_the_processor_as_well() -> None:
+    m = machine("shadow")
+    gvas = (m.mode.user, m.mode.user + PAGE)
+    for n, gva in enumerate(gvas):
+        m.map(gva, DATA + n * PAGE)
+        m.access(gva), m.access(gva)
+    m.invlpg(gvas[0])
+    assert [cost(m, gva) for gva in gvas] == [4, -1]
+
+
 @tdp
 def test_invlpg_of_an_address_that_is_not_canonical_does_nothing(mmu: str) -> None:
     m = machine(mmu)
