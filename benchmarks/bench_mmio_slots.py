@@ -113,9 +113,9 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pairs(compile_kernels: Callable[[str], ModuleType]) -> Callable[[str, int], Pair]:
+def pairs(build_pyx: Callable[[str], ModuleType]) -> Callable[[str, int], Pair]:
     """Machines by MMU and slots; 32,764 slots take a while to make."""
-    return cache(lambda mmu, slots: Pair(mmu, slots, compile_kernels("mmio_kernels.pyx")))
+    return cache(lambda mmu, slots: Pair(mmu, slots, build_pyx("mmio_kernels")))
 
 
 def skip_large(slots: int, quick: bool) -> None:

@@ -62,52 +62,46 @@ def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
 
 
 @pytest.fixture(scope="session")
-def compile_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModuleType]:
-    """Build a .pyx of this directory as any dependant is built.
+def kernels(build_pyx: Callable[[str], ModuleType]) -> ModuleType:
+    """``kernels.pyx``, built against kvmmmu as any dependant is."""
+    return build_pyx("kernels")
 
-    The engine's rooms are those of the checkout this directory stands in; an installed package has none.
-    """
+
+@pytest.fixture(scope="session")
+def build_pyx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModuleType]:
+    """Build and import a Cython file of this directory by name."""
+    return functools.cache(lambda name: _build_pyx(name, tmp_path_factory.mktemp(name)))
+
+
+def _build_pyx(name: str, folder: Path) -> ModuleType:
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
 
     package = Path(kvmmmu.__file__).parent.parent
-    rooms = [str(HERE.parent)] if (HERE.parent / "kvmmmu" / "engine").is_dir() else []
-
-    @functools.cache
-    def compile_one(name: str) -> ModuleType:
-        text = (HERE / name).read_text()
-        if "kvmmmu.engine" in text and not (rooms or (package / "kvmmmu" / "engine" / "fault.pxd").is_file()):
-            pytest.skip(f"{name} needs the engine's rooms, which are in a checkout and in no installed package")
-        folder = tmp_path_factory.mktemp("kernels")
-        stem = Path(name).stem
-        shutil.copy(HERE / name, folder)
-        extension = Extension(
-            stem,
-            [str(folder / name)],
-            include_dirs=[kvmmmu.get_include(), str(HERE)],
-            extra_compile_args=["-O3", "-fwrapv", "-g0"],
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the build tools
-            modules = cythonize([extension], include_path=[*rooms, str(package)], quiet=True)
-            build = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
-            build.build_lib = build.build_temp = str(folder)
-            build.ensure_finalized()
-            build.run()
-        (built,) = folder.glob(f"{stem}*.so")
-        spec = importlib.util.spec_from_file_location(stem, built)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return compile_one
-
-
-@pytest.fixture(scope="session")
-def kernels(compile_kernels: Callable[[str], ModuleType]) -> ModuleType:
-    """``kernels.pyx``: batches over kernels that Python has no door to."""
-    return compile_kernels("kernels.pyx")
+    # The engine's rooms are in a checkout; an installed package has none.
+    rooms = [path for path in (HERE.parent, package) if (path / "kvmmmu" / "engine" / "fault.pxd").is_file()]
+    if not rooms and "kvmmmu.engine" in (HERE / f"{name}.pyx").read_text():
+        pytest.skip(f"{name}.pyx needs the engine's rooms, which no installed package has: run it in a checkout")
+    shutil.copy(HERE / f"{name}.pyx", folder)
+    extension = Extension(
+        name,
+        [str(folder / f"{name}.pyx")],
+        include_dirs=[kvmmmu.get_include(), str(HERE)],
+        extra_compile_args=["-O3", "-fwrapv", "-g0"],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the build tools
+        modules = cythonize([extension], include_path=[*map(str, rooms), str(package)], quiet=True)
+        build = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
+        build.build_lib = build.build_temp = str(folder)
+        build.ensure_finalized()
+        build.run()
+    (built,) = folder.glob(f"{name}*.so")
+    spec = importlib.util.spec_from_file_location(name, built)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Rows:

@@ -11,7 +11,7 @@ from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.state cimport Fault, Slot, VSTAT_PF_EMULATE, VSTAT_PF_TAKEN, Vcpu, Walk
 
-cdef extern from "ref_slots.c" nogil:
+cdef extern from "ref_slot_search.c" nogil:
     cdef struct ref_slot:
         uint64_t base_gfn
     const ref_slot *ref_binary(const ref_slot *slots, size_t n, uint64_t gfn)
@@ -21,7 +21,7 @@ cdef extern from "ref_slots.c" nogil:
 cdef enum:
     CACHED = 0     # the record of the last page, or the mmio spte
     SLOW = 1       # the real path
-    BINARY = 2     # the same with the search of ref_slots.c
+    BINARY = 2     # the same with the search of ref_slot_search.c
     LINEAR = 3
 
 # None of the four is inlined into its loop: an exit calls a function.
