@@ -57,7 +57,8 @@ cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint6
     cdef int fault, quick
     cdef Quick q
     if vcpu.vm.mmu == MMU_SHADOW:
-        fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
+        fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access | vcpu.hw.final_access, vcpu.ac,
+                            True)
         if fault == FAULT_NONE:
             hpa[0] = vcpu.nested.gpa
             gpa[0] = shadow_gpa(vcpu)
@@ -131,6 +132,8 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
         code = reported_code(vcpu, code)
     if fault != FAULT_PF:
         address = vcpu.nested.va
+    if vcpu.guest_mode:
+        code |= PFERR_GUEST_FINAL
     trace_exit(vcpu, fault, address, code)
     if fault == FAULT_EPT_VIOLATION:
         code = ept_error_code(code)
