@@ -641,6 +641,7 @@ def record_layouts():
         ("list_prev", "i4", <size_t>&sp.list_prev - <size_t>&sp),
         ("unsync_children", "u2", <size_t>&sp.unsync_children - <size_t>&sp),
         ("unsync", "u1", <size_t>&sp.unsync - <size_t>&sp), ("valid_gen", "u1", <size_t>&sp.valid_gen - <size_t>&sp),
+        ("nx_next", "i4", <size_t>&sp.nx_next - <size_t>&sp), ("nx_prev", "i4", <size_t>&sp.nx_prev - <size_t>&sp),
         ("flooding", "u4", <size_t>&sp.flooding - <size_t>&sp), ("tdp", "u1", <size_t>&sp.tdp - <size_t>&sp),
         ("nx_disallowed", "u1", <size_t>&sp.nx_disallowed - <size_t>&sp),
         ("on_list", "u1", <size_t>&sp.on_list - <size_t>&sp), ("special", "u1", <size_t>&sp.special - <size_t>&sp),
@@ -745,7 +746,8 @@ from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
-from kvmmmu.engine.region cimport slot_id_free, vm_finish_delete, vm_set_region, vm_slots_free
+from kvmmmu.engine.recovery cimport nx_recover
+from kvmmmu.engine.region cimport nx_huge_pages_set, slot_id_free, vm_finish_delete, vm_set_region, vm_slots_free
 from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
@@ -1063,6 +1065,17 @@ cdef class VmCore(VmHandle):
         mmu_write_unlock(self.vm)
         slots_unlock(self.vm)
         return True
+
+    def nx_recover(self, ratio):
+        """One period of the recovery worker; the number of tables zapped."""
+        cdef uint64_t share = as_word(ratio, "ratio", 32)
+        self.check_open()
+        return nx_recover(self.vm, share)
+
+    def set_nx_huge_pages(self, bint on):
+        """Switch the mitigation of a running VM."""
+        self.check_open()
+        nx_huge_pages_set(self.vm, on)
 
     def set_manual_protect(self, int bits):
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 the log is cleared by hand, 3 and starts all dirty."""

@@ -50,6 +50,15 @@ cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
         tdp_zap_invalid_roots(vm)
 
 
+cdef inline void nx_huge_pages_set(Vm *vm, bint on) noexcept nogil:
+    """The module parameter is written: what was mapped by the old rule goes."""
+    slots_lock(vm)
+    if vm.switches.nx_huge_pages != on:
+        vm.switches.nx_huge_pages = on
+        region_flush_shadow(vm)
+    slots_unlock(vm)
+
+
 cdef inline void region_follow_quota(Vm *vm) noexcept nogil:
     """The number of shadow pages follows the slots unless it was set by hand."""
     if vm.requested_pages:

@@ -445,6 +445,9 @@ cdef struct Vm:
     uint8_t valid_gen
     uint8_t rmaps         # slots carry rmaps (shadow MMU in use)
     int32_t tdp_roots     # chain through list_next
+    uint32_t nx_lock      # guards the next two and the pages' links between them
+    int32_t nx_head       # tables in the place of a huge page, oldest first; 0 = none
+    int32_t nx_tail
     uint32_t closed       # 1 once closed: no vCPU may be claimed any more
     uint64_t stats[32]
     EventRing events
