@@ -202,8 +202,8 @@ STEPS = st.one_of(
 
 
 @every
-@settings(max_examples=15, deadline=None)
-@given(st.lists(STEPS, max_size=30))
+@settings(max_examples=8, deadline=None)
+@given(st.lists(STEPS, max_size=20))
 def test_list_count_and_leaves_stay_consistent(flavour: Flavour, steps: list[tuple[Any, ...]]) -> None:
     b = Box(flavour)
     on = logged = True
