@@ -5,7 +5,8 @@ The list has a lock of its own, since faults of the TDP MMU hold mmu_lock for re
 """
 
 from libc.stdint cimport int32_t
-from kvmmmu.engine.atomics cimport cmpxchg_u32, cpu_pause, st_release_u32
+from kvmmmu.bits.constants cimport ALL_ONES
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cpu_pause, fetch_add_u64, st_release_u32
 from kvmmmu.engine.pages cimport page_at
 from kvmmmu.engine.state cimport STAT_NX_LPAGE_SPLITS, ShadowPage, Vm
 
@@ -33,7 +34,7 @@ cdef inline void nx_disallow(Vm *vm, int32_t id) noexcept nogil:
         else:
             vm.nx_head = id
         vm.nx_tail = id
-        vm.stats[<int>STAT_NX_LPAGE_SPLITS] += 1
+        fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], 1)
     nx_unlock(vm)
 
 
@@ -55,5 +56,5 @@ cdef inline void nx_forget(Vm *vm, int32_t id) noexcept nogil:
             vm.nx_tail = sp.nx_prev
         sp.nx_next = 0
         sp.nx_prev = 0
-        vm.stats[<int>STAT_NX_LPAGE_SPLITS] -= 1
+        fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], ALL_ONES)
     nx_unlock(vm)
