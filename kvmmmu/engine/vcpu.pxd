@@ -55,17 +55,26 @@ cdef inline uint64_t shadow_gpa(Vcpu *vcpu) noexcept nogil:
 
 
 cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
-    """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks."""
+    """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks.
+
+    Small, so that the compiler puts it where it is called: two dimensions save many registers, one needs none of that.
+    """
+    cdef int fault
+    if vcpu.vm.mmu != MMU_SHADOW:
+        return hardware_access_nested(vcpu, gva, access, gpa, hpa)
+    fault = walk_memory(&vcpu.hw, vm_hostmem(vcpu.vm), &vcpu.table_hint, &vcpu.nested, gva,
+                        access | vcpu.hw.final_access, vcpu.ac, True)
+    if fault == FAULT_NONE:
+        hpa[0] = vcpu.nested.gpa
+        gpa[0] = shadow_gpa(vcpu)
+    return fault
+
+
+cdef inline int hardware_access_nested(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa,
+                                       uint64_t *hpa) noexcept nogil:
     cdef const MemMap *mem = vm_hostmem(vcpu.vm)
     cdef int fault, quick
     cdef Quick q
-    if vcpu.vm.mmu == MMU_SHADOW:
-        fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access | vcpu.hw.final_access, vcpu.ac,
-                            True)
-        if fault == FAULT_NONE:
-            hpa[0] = vcpu.nested.gpa
-            gpa[0] = shadow_gpa(vcpu)
-        return fault
     quick = quick_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.nested, gva, access,
                          vcpu.ac, True, &q, hpa)
     if quick == QUICK_YES:
