@@ -51,7 +51,6 @@ cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
 
 
 cdef inline void nx_huge_pages_set(Vm *vm, bint on) noexcept nogil:
-    """The module parameter is written: what was mapped by the old rule goes."""
     slots_lock(vm)
     if vm.switches.nx_huge_pages != on:
         vm.switches.nx_huge_pages = on
