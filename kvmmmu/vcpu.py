@@ -182,7 +182,7 @@ class VCpu(TranslationCaches):
         Notes
         -----
         Until ``leave_guest_mode`` addresses are guest-physical ones of that inner guest (L2), user accesses to nested
-        tables, which KVM shadows; ``Outcome.PF`` with bit 32 in its code is a nested page fault for the hypervisor (L1).
+        tables, which KVM shadows; ``Outcome.PF`` with bit 32 in its code is a nested page fault for the hypervisor, L1.
         L2's own paging and registers, exits to L1, and a second dimension below L1 are not modelled.
         """
         if not self.set_guest_mode(True, ncr3):
