@@ -103,7 +103,7 @@ class VM:
         self.memslots = MemSlots(self._core)
         self.mmio = Mmio()
         self.stats = VmStats(self._core)
-        self.events = Events(self._core)
+        self.events = Events(self._core, "6.1" if behaviour.profile == "6.1" else "3.1")
         # Weak: a vCPU holds its VM, and a circle would keep both until the garbage collector comes by.
         self._vcpus: list[ReferenceType[VCpu]] = []
 
