@@ -697,9 +697,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_masks_ept
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
+from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
@@ -710,14 +710,14 @@ from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
 from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
                                      slots_generation, vm_slots)
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.notifier cimport page_replaced, slot_dontneed, slot_never_touched
+from kvmmmu.engine.notifier cimport slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
-from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free, vm_slots_init
+from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free
 from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
-from kvmmmu.engine.reserve cimport arena_discard, vm_memory_free, vm_memory_init
+from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_reset, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
@@ -731,9 +731,6 @@ from kvmmmu.outcome import Outcome, Path
 # By number: OUTCOME_* and PATH_*.
 OUTCOMES = tuple(Outcome)
 PATHS = tuple(Path)
-
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 VM_STATS_ORDER = (
     "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled", "mmu_cache_miss",
@@ -834,39 +831,18 @@ cdef class VmCore(VmHandle):
          vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
          vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone) = host
         vm.switches.mmio_scheme = mmio_scheme
-        vm.switches.tdp_mmu = tdp_mmu and mmu != MMU_SHADOW
+        vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages
         vm.switches.eager_split = eager_split
-        vm.notify_replaced = page_replaced
-        vm.rmaps = not vm.switches.tdp_mmu
-        if mmu == MMU_EPT:
-            spte_masks_ept(&vm.masks, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
-                           vm.host.ept_exec_only, mmio_scheme != MMIO_OFF)
-        else:
-            spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
-                              mmio_scheme != MMIO_OFF)
-        vm.mmu_lock = <kvmmmu_rwlock *>aligned_alloc(64, 64)
-        if vm.mmu_lock == NULL:
-            raise MemoryError("no memory for a VM")
-        memset(vm.mmu_lock, 0, 64)
-        if not vm_slots_init(vm):
-            raise MemoryError("no memory for the tables of slots")
-        if not vm_memory_init(vm):
+        born = vm_birth(vm)
+        if born == BIRTH_NO_ADDRESSES:
             raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")
+        if born != BIRTH_OK:
+            raise MemoryError("no memory for a VM")
 
     def __dealloc__(self):
-        cdef Vm *vm = self.vm
-        cdef int i
-        if vm == NULL:
-            return
-        vm_slots_free(vm)
-        vm_memory_free(vm)
-        free(vm.events.ring)
-        for i in range(vm.n_vcpus):
-            free(vm.lines[i])
-            free(vm.vcpus[i])
-        free(vm.mmu_lock)
-        free(vm)
+        if self.vm != NULL:
+            vm_bury(self.vm)
 
     cdef int check_open(self) except -1:
         if self.closed:
@@ -1316,35 +1292,23 @@ cdef class VcpuCore(VcpuHandle):
     def __cinit__(self, VmCore owner not None, tuple model not None, *args):
         cdef Vm *vm = owner.vm
         cdef Vcpu *vcpu
-        cdef kvmmmu_line *line
         owner.check_open()
         self.owner = owner
         vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
-        line = <kvmmmu_line *>aligned_alloc(64, 64)
-        if vcpu == NULL or line == NULL:
-            free(vcpu)
-            free(line)
+        if vcpu == NULL:
             raise MemoryError("no memory for a vCPU")
-        memset(line, 0, 64)
-        vcpu.vm = vm
-        vcpu.line = line
         model_arg(&vcpu.model, model)
         if args:
             vcpu.cr4_absent, vcpu.efer_absent = args[1].absent_bits()
-        slots_lock(vm)
-        if vm.n_vcpus == MAX_VCPUS:
-            slots_unlock(vm)
+        born = vcpu_birth(vm, vcpu)
+        if born != BIRTH_OK:
             free(vcpu)
-            free(line)
+        if born == BIRTH_TOO_MANY:
             raise ArgumentError(f"the VM has {MAX_VCPUS} vCPUs, the most there can be")
-        vcpu.id = vm.n_vcpus
-        vcpu_reset(vcpu)
-        vm.vcpus[vcpu.id] = vcpu
-        vm.lines[vcpu.id] = line
-        vm.n_vcpus += 1
+        if born != BIRTH_OK:
+            raise MemoryError("no memory for a vCPU")
         self.vcpu = vcpu
         self.handle = <kvmmmu_vcpu *>vcpu
-        slots_unlock(vm)
 
     @property
     def id(self):

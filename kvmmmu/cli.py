@@ -252,7 +252,7 @@ def conform(
 def _golden_fields(report: Any) -> dict[str, Any]:
     """What a report of golden runs says besides."""
     if report.level is None:
-        return {}
+        return {"part": report.part} if report.part else {}
     return {
         "config": report.config,
         "level": report.level,
@@ -277,7 +277,9 @@ def _conform_table(console: Console, reports: list[Any]) -> None:
     switches: dict[str, tuple[str, ...]] = {}
     exempt: dict[str, int] = {}
     for report in reports:
-        kind = report.kind if report.level is None else f"level {report.level}: {report.part}"
+        kind = ", ".join(filter(None, (report.kind, report.part)))
+        if report.level is not None:
+            kind = f"level {report.level}: {report.part}"
         table.add_row(report.file, kind, f"{report.agreed:,}", f"{report.total:,}")
         switches[report.file] = report.switches
         exempt[report.file] = report.exempt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvmmmu.walks import Fault, PagingFormat, Rights, WalkEntry, WalkResult
 
 __all__ = ["explain_walk"]
@@ -110,13 +112,24 @@ def _lines(result: WalkResult, title: str) -> list[str]:
     return lines
 
 
-def explain_walk(result: WalkResult) -> str:
+def explain_walk(
+    result: WalkResult,
+    *,
+    source: str = "gva",
+    target: str = "gpa",
+    known: Callable[[int, int], str | None] | None = None,
+) -> str:
     """Say in words what a walk saw, entry by entry, and why it ended.
 
     Parameters
     ----------
     result : WalkResult
         As ``Paging.walk_result`` returns it.
+    source, target : str
+        Names of the address spaces that the tables lead from and to.
+    known : callable, optional
+        Given the value and the level of the entry that ended the walk in a fault, says what its owner
+        means by it, or None.
 
     Returns
     -------
@@ -124,15 +137,17 @@ def explain_walk(result: WalkResult) -> str:
         One line for the question, one per entry, one for the answer; then the same for the
         last walk of the second dimension, where there is one.
     """
-    lines = _lines(result, "gva")
+    lines = _lines(result, source)
     second = result.second
     if result.pending_gpa is not None:
         lines.append(f"  next entry at {result.pending_gpa:#x} cannot be fetched")
     nested_fault = second is not None and not second.ok
     if result.ok:
         size = "" if result.format is PagingFormat.NONE else f", {_SIZES[result.page_shift]} page"
-        lines.append(f"  = gpa {result.gpa:#x}{size}, {_rights_text(result.rights, result.format)}")
+        lines.append(f"  = {target} {result.gpa:#x}{size}, {_rights_text(result.rights, result.format)}")
     elif not nested_fault:
+        meant = known(result.entries[-1].value, result.entries[-1].level) if known and result.entries else None
+        lines += [f"  that is {meant}"] if meant else []
         lines.append(f"  {_FAULTS[result.fault]}{_code_text(result)}: {_reason(result)}")
     if second is not None and (result.ok or nested_fault):
         lines += _lines(second, "gpa")

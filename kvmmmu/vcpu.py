@@ -16,6 +16,7 @@ from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
 from kvmmmu.explain import explain_walk
 from kvmmmu.outcome import Outcome
 from kvmmmu.records import ACCESS
+from kvmmmu.sptes import SpteFormat
 from kvmmmu.stats import VCpuStats
 from kvmmmu.walks import walk_result
 
@@ -287,8 +288,21 @@ class VCpu(VcpuCore):
         text = "guest tables: " + explain_walk(walk_result(guest))
         if built is None:
             return text + "\nno root is loaded: KVM has built no tables for this vCPU yet"
-        title = "shadow page tables" if self.vm.mmu == "shadow" else self.vm.mmu.upper() + " tables"
-        return f"{text}\n{title}: {explain_walk(walk_result(built))}"
+        shadow = self.vm.mmu == "shadow"
+        title = "shadow page tables" if shadow else self.vm.mmu.upper() + " tables"
+        words = explain_walk(
+            walk_result(built), source="gva" if shadow else "gpa", target="host address", known=self._mmio_words
+        )
+        return f"{text}\n{title}: {words}"
+
+    def _mmio_words(self, spte: int, level: int) -> str | None:
+        words = SpteFormat.of(self.vm.host, self.vm.mmu).decode(spte, level=level)
+        return str(words).partition(": ")[2] if words.kind == "mmio" else None
+
+    def __repr__(self) -> str:
+        regs = self.regs
+        values = ", ".join(f"{name}={getattr(regs, name):#x}" for name in ("cr0", "cr3", "cr4", "efer"))
+        return f"VCpu({self.id}, mmu={self.vm.mmu!r}: {values}, cpl={regs.cpl})"
 
     def execute(
         self,

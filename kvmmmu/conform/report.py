@@ -26,7 +26,7 @@ class FileReport:
     level : int or None
         Golden runs: strictness, 1 to 5; then ``agreed`` and ``total`` are operations.
     part : str
-        Golden runs: what of the level was compared.
+        Golden runs: what of the level was compared.  Vectors: whose answers.
     scripts_agreed, scripts : int
         Golden runs: scripts with every operation agreed, and all.
     switches : tuple of str

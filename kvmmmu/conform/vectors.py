@@ -183,4 +183,4 @@ def check(path: str | Path, *, dialect: str = "sdm", show: int = 5) -> FileRepor
                 mark = f" expected {int(columns['ent_val'][j] | bits[j]):#x} after, got {int(after[j]):#x}"
             text.append(f"  word {int(columns['ent_pa'][j]):#x} = {int(columns['ent_val'][j]):#x}{mark}")
         disagreements.append("\n".join(text))
-    return FileReport(str(path), "vectors", int(good.sum()), rows, disagreements)
+    return FileReport(str(path), "vectors", int(good.sum()), rows, disagreements, part=f"{dialect} dialect")

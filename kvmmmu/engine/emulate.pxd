@@ -7,6 +7,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
 from kvmmmu.engine.events cimport MMIO_WRITE, ev_inj_exception, ev_match_mmio, ev_mmio
 from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.hooks cimport POINT_STORED, hook
 from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
@@ -98,6 +99,7 @@ cdef inline bint piece_memory(Vcpu *vcpu, uint64_t gpa, uint64_t access, int siz
     if data != NULL:
         memcpy(host, data, size)
     slot_mark_dirty(slot, gpa >> 12)
+    hook(vcpu, POINT_STORED)
     track_write(vcpu, gpa, size)
     return True
 

@@ -15,6 +15,10 @@ from kvmmmu.engine.events cimport (
     ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio,
 )
 from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.hooks cimport (
+    MUTANT_PLAIN_STORE, MUTANT_SECOND_READ, POINT_FAST_READ, POINT_FAULT_LOCKED, POINT_FAULT_PFN, POINT_MMIO_FRESH,
+    POINT_SLOT_FOUND, hook, mutant,
+)
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
     vcpu_generation,
@@ -52,6 +56,9 @@ cdef inline int walk_sptes(Vcpu *vcpu, uint64_t address, uint64_t *sptes, int *t
     top[0] = level
     if table:
         leaf = shadow_walk(vcpu.vm.arena.sptes, <uint64_t>table, level, address, sptes)
+        if mutant(vcpu.vm, MUTANT_SECOND_READ):
+            kvmmmu_reading_end(vcpu.line)
+            shadow_walk(vcpu.vm.arena.sptes, <uint64_t>table, level, address, sptes)
     kvmmmu_reading_end(vcpu.line)
     return leaf
 
@@ -90,6 +97,7 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
     if not mmio_gen_valid(gen, spte):
         return RET_PF_INVALID
+    hook(vcpu, POINT_MMIO_FRESH)
     if direct:
         address = 0
     ev_handle_mmio(vm, vcpu.id, address, gfn, access)
@@ -131,6 +139,11 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
             new_ |= PT_WRITABLE_MASK
         if new_ == spte or not spte_permits(&vm.masks, new_, f.write, f.fetch):
             break
+        hook(vcpu, POINT_FAST_READ)
+        if mutant(vm, MUTANT_PLAIN_STORE):
+            sptep[0] = new_
+            ret = RET_PF_FIXED
+            break
         if cmpxchg_u64(sptep, spte, new_):
             if f.slot != NULL and spte_writable(new_) and not spte_writable(spte):
                 slot_mark_dirty(f.slot, f.gfn)
@@ -164,6 +177,7 @@ cdef inline int fault_pfn(Vcpu *vcpu, Fault *f) noexcept nogil:
     """Find the frame; CONTINUE, or how the fault ends without one."""
     cdef Vm *vm = vcpu.vm
     cdef bint direct
+    hook(vcpu, POINT_SLOT_FOUND)
     if f.slot != NULL and not slot_visible(f.slot):
         # Being deleted or moved: nothing may be cached for it until that is over.
         return RET_PF_RETRY
@@ -215,12 +229,15 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
         return ret
+    hook(vcpu, POINT_FAULT_PFN)
     if page_at(vm, vcpu.root.page).tdp:
         mmu_read_lock(vcpu)
+        hook(vcpu, POINT_FAULT_LOCKED)
         ret = RET_PF_RETRY if fault_stale(vcpu, f) else tdp_map(vcpu, f)
         mmu_read_unlock(vcpu)
         return ret
     mmu_write_lock(vm)
+    hook(vcpu, POINT_FAULT_LOCKED)
     ret = RET_PF_RETRY
     if not fault_stale(vcpu, f):
         ret = direct_map(vcpu, f) if make_pages_available(vm, vcpu.id) else ERR_NOSPC
@@ -275,7 +292,9 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         w.pte_access = (w.pte_access | ACC_W) & ~<uint32_t>ACC_U
         if vcpu.regs.cr4 & CR4_SMEP:
             w.pte_access &= ~<uint32_t>ACC_X
+    hook(vcpu, POINT_FAULT_PFN)
     mmu_write_lock(vm)
+    hook(vcpu, POINT_FAULT_LOCKED)
     ret = RET_PF_RETRY
     if not fault_stale(vcpu, f):
         ret = shadow_map(vcpu, f, w) if make_pages_available(vm, vcpu.id) else ERR_NOSPC

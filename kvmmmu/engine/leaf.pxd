@@ -8,6 +8,7 @@ from kvmmmu.bits.spte cimport (
     SpteMasks, spte_accessed_mask, spte_dirty_mask, spte_is_last, spte_pfn, spte_present, spte_writable,
 )
 from kvmmmu.engine.events cimport ev_mark_mmio_spte, ev_set_spte
+from kvmmmu.engine.hooks cimport POINT_SPTE_WRITE, hook
 from kvmmmu.engine.lookup cimport slot_mark_dirty
 from kvmmmu.engine.memslots cimport gfn_to_rmap, slots_generation, vm_slots
 from kvmmmu.engine.memslots cimport level_pages
@@ -148,6 +149,7 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
             flush |= spte_drop(vm, index)
         else:
             mapped = True
+    hook(vcpu, POINT_SPTE_WRITE)
     if slot == NULL:
         vcpu.stats[<int>VSTAT_PF_MMIO_SPTE_CREATED] += 1
         leaf_mark_mmio(vcpu, index, gfn, access)

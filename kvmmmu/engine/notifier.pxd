@@ -6,6 +6,7 @@ from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
 from kvmmmu.engine.events cimport ev_set_spte_hva, ev_unmap_hva_range
+from kvmmmu.engine.hooks cimport MUTANT_NO_SEQ, POINT_NOTIFIER, hook, mutant
 from kvmmmu.engine.hostpages cimport (
     HOSTPAGE_ABSENT, HOSTPAGE_PRESENT, HOSTPAGE_SMALL, HOSTPAGE_STATE, host_state, host_state_set,
 )
@@ -62,7 +63,9 @@ cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept 
                                    slot.base_gfn + (<uint64_t>(high - slot.hva + 4095) >> 12))
     if not any:
         return
-    vm.notifier_seq += 1
+    if not mutant(vm, MUTANT_NO_SEQ):
+        vm.notifier_seq += 1
+    hook(vm, POINT_NOTIFIER)
     if flush:
         flush_remote_tlbs(vm)
     mmu_write_unlock(vm)

@@ -13,6 +13,7 @@ from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
+from kvmmmu.engine.hooks cimport POINT_SLOT_INVALID, POINT_SLOT_ZAPPED, hook
 from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_make_arrays
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.slotsets cimport slots_swap, slotset_new, slotset_overlap, slotset_replace
@@ -227,7 +228,9 @@ cdef inline int region_delete(Vm *vm, Region *r, Work *w, Slot *old) noexcept no
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
 
     region_swap(vm, as_id, &w.first)
+    hook(vm, POINT_SLOT_INVALID)
     region_flush_shadow(vm)
+    hook(vm, POINT_SLOT_ZAPPED)
     vm.slot_by_id[as_id][old.id] = NULL
     vm.total_pages -= old.npages
     region_swap(vm, as_id, &w.final)
@@ -271,7 +274,9 @@ cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogi
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
 
     region_swap(vm, as_id, &w.first)
+    hook(vm, POINT_SLOT_INVALID)
     region_flush_shadow(vm)
+    hook(vm, POINT_SLOT_ZAPPED)
     vm.slot_by_id[as_id][old.id] = slot
     region_swap(vm, as_id, &w.final)
     region_retire(old, slot)

@@ -7,6 +7,7 @@ from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport spte_is_last, spte_make_nonleaf, spte_pfn, spte_present
 from kvmmmu.engine.events cimport ev_get_page, ev_spte_requested
 from kvmmmu.engine.guest cimport gpte_changed
+from kvmmmu.engine.hooks cimport POINT_LINK, POINT_LINKED, POINT_UNLINKED, hook
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_install,
 )
@@ -116,8 +117,11 @@ cdef inline void page_link(Vcpu *vcpu, uint64_t index, int32_t child) noexcept n
     cdef ShadowPage *sp = page_at(vm, child)
     if spte_present(spte_read(sptep)):
         spte_drop(vm, index)
+        hook(vcpu, POINT_UNLINKED)
         flush_remote_tlbs(vm)
+    hook(vcpu, POINT_LINK)
     spte_write(sptep, spte_make_nonleaf(&vm.masks, <uint64_t>child, (sp.role & ROLE_AD_DISABLED) != 0))
+    hook(vcpu, POINT_LINKED)
     pte_list_add(vm, &sp.parents, index)
     if sp.unsync or sp.unsync_children:
         mark_spte_unsync(vm, index)
@@ -189,6 +193,7 @@ cdef inline bint drop_wrong_direct(Vcpu *vcpu, uint64_t index, uint32_t access) 
     if role_access(page_at(vm, child).role) == access:
         return False
     parent_remove(vm, child, index)
+    hook(vcpu, POINT_UNLINKED)
     flush_remote_tlbs(vm)
     return True
 

@@ -9,6 +9,10 @@ from kvmmmu.engine.state cimport ADDRESS_SPACES, Slot, SlotSet, Vm
 from kvmmmu.engine.memmap cimport capacity_step, memmap_upper
 from kvmmmu.engine.atomics cimport st_release_ptr, st_release_u64
 from kvmmmu.engine.drain cimport vm_drain
+from kvmmmu.engine.hooks cimport (
+    MUTANT_NO_GENERATION, MUTANT_NO_IN_PROGRESS, POINT_SLOT_DRAINED, POINT_SLOT_PUBLISHED, POINT_SLOT_SETTLED, hook,
+    mutant,
+)
 
 
 cdef inline SlotSet *slotset_new(int n) noexcept nogil:
@@ -92,10 +96,14 @@ cdef inline uint64_t slots_swap(Vm *vm, int as_id, SlotSet *next) noexcept nogil
     """
     cdef SlotSet *old = vm.slots[as_id]
     cdef uint64_t generation = old.generation
-    next.generation = generation | GEN_UPDATE_IN_PROGRESS
+    next.generation = generation if mutant(vm, MUTANT_NO_IN_PROGRESS) else generation | GEN_UPDATE_IN_PROGRESS
     st_release_ptr(&vm.slots[as_id], next)
+    hook(vm, POINT_SLOT_PUBLISHED)
     vm_drain(vm)
-    generation += ADDRESS_SPACES
+    hook(vm, POINT_SLOT_DRAINED)
+    if not mutant(vm, MUTANT_NO_GENERATION):
+        generation += ADDRESS_SPACES
     st_release_u64(&next.generation, generation)
+    hook(vm, POINT_SLOT_SETTLED)
     free(old)
     return generation

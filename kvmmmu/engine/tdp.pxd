@@ -14,6 +14,7 @@ from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_split_huge_page, ev_spte_requested,
     ev_tdp_spte_changed,
 )
+from kvmmmu.engine.hooks cimport POINT_TDP_REMOVED, POINT_TDP_SET, hook
 from kvmmmu.engine.leaf cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
 )
@@ -94,6 +95,7 @@ cdef inline void tdp_free(Vm *vm, int32_t doomed) noexcept nogil:
 
 cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, int32_t *doomed) noexcept nogil:
     """Install by compare-exchange.  False: somebody else was first, nothing happened."""
+    hook(vm, POINT_TDP_SET)
     if not cmpxchg_u64(spte_at(vm, index), old, new_):
         return False
     tdp_changed(vm, index, old, new_, True, doomed)
@@ -104,6 +106,7 @@ cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *do
     """Remove one entry while others fault: REMOVED, flush, then empty for the next owner."""
     if not tdp_set(vm, index, old, REMOVED_SPTE, doomed):
         return False
+    hook(vm, POINT_TDP_REMOVED)
     flush_remote_tlbs(vm)
     spte_write(spte_at(vm, index), 0)
     return True

@@ -6,6 +6,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_pfn, spte_present, spte_writable
 from kvmmmu.engine.atomics cimport full_barrier
 from kvmmmu.engine.events cimport ev_unsync_page, ev_tdp_spte_changed
+from kvmmmu.engine.hooks cimport POINT_ACCOUNTED, POINT_UNSYNC, hook
 from kvmmmu.engine.lookup cimport slot_allow_large, slot_forbid_large, vm_slot
 from kvmmmu.engine.memslots cimport gfn_to_rmap, gfn_to_write_track
 from kvmmmu.engine.pages cimport (
@@ -76,6 +77,7 @@ cdef inline void account_shadowed(Vm *vm, int32_t id) noexcept nogil:
     cdef Slot *slot = vm_slot(vm, role_as_id(sp.role), sp.gfn)
     vm.indirect_pages += 1
     full_barrier()
+    hook(vm, POINT_ACCOUNTED)
     if slot == NULL:
         return
     if role_level(sp.role) > LEVEL_4K:
@@ -142,4 +144,5 @@ cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bi
         id = gfn_next_page(vm, id, gfn)
     # Pairs with sync_roots: unsync is seen before the writable spte is.
     full_barrier()
+    hook(vm, POINT_UNSYNC)
     return False

@@ -11,6 +11,7 @@ from kvmmmu.engine.emulate cimport emulate_access, inject_guest_fault
 from kvmmmu.engine.events cimport ISA_SVM, ISA_VMX, ev_exit, ev_page_fault
 from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
 from kvmmmu.engine.guest cimport guest_walk
+from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
@@ -243,6 +244,7 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
     while True:
         if enter_ends(vcpu, out):
             return
+        hook(vcpu, POINT_HARDWARE)
         here = gva
         fault = hardware_access(vcpu, here, access, &gpa, &hpa)
         if fault == FAULT_NONE and first < size:
@@ -258,10 +260,12 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
             return
         out.exits += 1
         out.path = PATH_FAULT
+        hook(vcpu, POINT_EXIT)
         result = handle_exit(vcpu, fault, here, &known_gpa)
         if exit_ends(vcpu, result, here, out):
             return
         if result == RET_PF_EMULATE:
+            hook(vcpu, POINT_EMULATE)
             out.path = PATH_EMULATED
             emulate_access(vcpu, gva, access, size, data, known_gpa, out)
             return

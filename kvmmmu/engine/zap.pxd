@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
 from kvmmmu.engine.events cimport ev_prepare_zap_page, ev_sync_page, ev_zap_all_fast
+from kvmmmu.engine.hooks cimport POINT_FLUSHED, POINT_FREED, POINT_UNLINKED, hook
 from kvmmmu.engine.locks cimport request_all
 from kvmmmu.engine.pages cimport (
     gfn_first_page, gfn_next_page, hash_del, list_add_head, list_add_tail, list_del, page_at, page_free, page_obsolete,
@@ -125,13 +126,16 @@ cdef inline void zap_commit(Vm *vm, PageList *invalid) noexcept nogil:
     cdef int32_t id
     if invalid.head == 0:
         return
+    hook(vm, POINT_UNLINKED)
     flush_remote_tlbs(vm)
+    hook(vm, POINT_FLUSHED)
     while invalid.head:
         id = invalid.head
         list_del(vm, invalid, id)
         # Not before: who zaps while going through a bucket still needs the link.
         hash_del(vm, id)
         page_free(vm, id)
+    hook(vm, POINT_FREED)
 
 
 cdef inline void list_init(PageList *lst) noexcept nogil:

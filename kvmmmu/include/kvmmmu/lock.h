@@ -15,6 +15,7 @@
 #include <stdint.h>
 
 #include "kvmmmu/atomics.h"
+#include "kvmmmu/hooks.h"
 
 enum {
     KVMMMU_LINE_OUTSIDE = 0, /* touches no shadow page */
@@ -52,8 +53,10 @@ static inline void kvmmmu_read_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_li
             return;
         /* A waiting writer goes first, or readers could starve it. */
         kvmmmu_st_release_u32(&line->mode, KVMMMU_LINE_OUTSIDE);
-        while (kvmmmu_ld_u32(&lock->writer))
+        while (kvmmmu_ld_u32(&lock->writer)) {
+            KVMMMU_YIELD(line, KVMMMU_POINT_LOCK_WAIT);
             kvmmmu_pause(spins++);
+        }
     }
 }
 
@@ -68,11 +71,15 @@ static inline void kvmmmu_write_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_l
     unsigned spins = 0;
     int i;
 
-    while (!kvmmmu_cmpxchg_u32(&lock->writer, 0, 1))
+    while (!kvmmmu_cmpxchg_u32(&lock->writer, 0, 1)) {
+        KVMMMU_YIELD(NULL, KVMMMU_POINT_LOCK_WAIT);
         kvmmmu_pause(spins++);
+    }
     for (i = 0; i < n; i++)
-        for (spins = 0; kvmmmu_ld_acquire_u32(&lines[i]->mode) == KVMMMU_LINE_LOCKED;)
+        for (spins = 0; kvmmmu_ld_acquire_u32(&lines[i]->mode) == KVMMMU_LINE_LOCKED;) {
+            KVMMMU_YIELD(NULL, KVMMMU_POINT_LOCK_WAIT);
             kvmmmu_pause(spins++);
+        }
 }
 
 static inline void kvmmmu_write_unlock(struct kvmmmu_rwlock *lock)
@@ -83,12 +90,16 @@ static inline void kvmmmu_write_unlock(struct kvmmmu_rwlock *lock)
 /* The lockless walk: announce, then read; the exchange is the full barrier. */
 static inline void kvmmmu_reading_begin(struct kvmmmu_line *line)
 {
-    (void)kvmmmu_xchg_u32(&line->mode, KVMMMU_LINE_READING);
+    if (!KVMMMU_MUTANT(line, KVMMMU_MUTANT_NO_ANNOUNCE))
+        (void)kvmmmu_xchg_u32(&line->mode, KVMMMU_LINE_READING);
+    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_MARKED);
 }
 
 static inline void kvmmmu_reading_end(struct kvmmmu_line *line)
 {
+    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_READ);
     kvmmmu_st_release_u32(&line->mode, KVMMMU_LINE_OUTSIDE);
+    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_LEFT);
 }
 
 /* Wait until no other vCPU walks sptes; called after unlinking, before reuse. */
@@ -101,10 +112,12 @@ static inline void kvmmmu_drain_readers(struct kvmmmu_line **lines, int n,
     for (i = 0; i < n; i++) {
         unsigned spins = 0;
 
-        if (lines[i] == self)
+        if (lines[i] == self || KVMMMU_MUTANT(self, KVMMMU_MUTANT_NO_DRAIN))
             continue;
-        while (kvmmmu_ld_acquire_u32(&lines[i]->mode) == KVMMMU_LINE_READING)
+        while (kvmmmu_ld_acquire_u32(&lines[i]->mode) == KVMMMU_LINE_READING) {
+            KVMMMU_YIELD(self, KVMMMU_POINT_DRAIN_WAIT);
             kvmmmu_pause(spins++);
+        }
     }
 }
 

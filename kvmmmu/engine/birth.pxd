@@ -1,0 +1,89 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""A VM and its vCPUs come into being and go: every main, the Python door or a native one, begins here."""
+
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from kvmmmu.bits.paging cimport CpuModel
+from kvmmmu.bits.spte cimport spte_masks_ept, spte_masks_legacy
+from kvmmmu.engine.atomics cimport st_release_u32
+from kvmmmu.engine.drain cimport slots_lock, slots_unlock
+from kvmmmu.engine.notifier cimport page_replaced
+from kvmmmu.engine.region cimport vm_slots_free, vm_slots_init
+from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
+from kvmmmu.engine.roots cimport vcpu_reset
+from kvmmmu.engine.state cimport (
+    MAX_VCPUS, MMIO_OFF, MMU_EPT, MMU_SHADOW, Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock,
+)
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef enum:
+    BIRTH_OK = 0
+    BIRTH_NO_MEMORY = 1      # of the heap
+    BIRTH_NO_SLOTS = 2       # for the tables of slots
+    BIRTH_NO_ADDRESSES = 3   # for the arena
+    BIRTH_TOO_MANY = 4       # vCPUs
+
+
+cdef inline void *cache_line() noexcept nogil:
+    cdef void *p = aligned_alloc(64, 64)
+    if p != NULL:
+        memset(p, 0, 64)
+    return p
+
+
+cdef inline int vm_birth(Vm *vm) noexcept nogil:
+    """Make a zeroed ``vm`` work, whose ``mmu``, ``host`` and ``switches`` are set.  BIRTH_*; ``vm_bury`` either way."""
+    if vm.mmu == MMU_SHADOW:
+        vm.switches.tdp_mmu = 0
+    vm.notify_replaced = page_replaced
+    vm.rmaps = not vm.switches.tdp_mmu
+    if vm.mmu == MMU_EPT:
+        spte_masks_ept(&vm.masks, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
+                       vm.host.ept_exec_only, vm.switches.mmio_scheme != MMIO_OFF)
+    else:
+        spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
+                          vm.switches.mmio_scheme != MMIO_OFF)
+    vm.mmu_lock = <kvmmmu_rwlock *>cache_line()
+    if vm.mmu_lock == NULL:
+        return BIRTH_NO_MEMORY
+    if not vm_slots_init(vm):
+        return BIRTH_NO_SLOTS
+    return BIRTH_OK if vm_memory_init(vm) else BIRTH_NO_ADDRESSES
+
+
+cdef inline void vm_bury(Vm *vm) noexcept nogil:
+    """Give back everything, ``vm`` itself too.  Nobody else holds it any more."""
+    cdef int i
+    vm_slots_free(vm)
+    vm_memory_free(vm)
+    free(vm.events.ring)
+    for i in range(vm.n_vcpus):
+        free(vm.lines[i])
+        free(vm.vcpus[i])
+    free(vm.mmu_lock)
+    free(vm)
+
+
+cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
+    """Give a zeroed vCPU, whose ``model`` and absent features are set, its number.  BIRTH_*; the VM then owns it."""
+    cdef int born = BIRTH_TOO_MANY
+    vcpu.vm = vm
+    vcpu.line = <kvmmmu_line *>cache_line()
+    if vcpu.line == NULL:
+        return BIRTH_NO_MEMORY
+    slots_lock(vm)
+    if vm.n_vcpus < MAX_VCPUS:
+        born = BIRTH_OK
+        vcpu.id = vm.n_vcpus
+        vcpu_reset(vcpu)
+        vm.vcpus[vcpu.id] = vcpu
+        vm.lines[vcpu.id] = vcpu.line
+        # Those who wait for all vCPUs find the line before the vCPU can run.
+        st_release_u32(<uint32_t *>&vm.n_vcpus, <uint32_t>(vcpu.id + 1))
+    slots_unlock(vm)
+    if born != BIRTH_OK:
+        free(vcpu.line)
+    return born

@@ -1,0 +1,82 @@
+"""Build and run the native mains beside this file: ``python tests/native/build.py NAME [options] [-- arguments]``.
+
+A main is ``NAME.pyx``: it cimports the engine, is translated with line directives and linked with the three lines of
+``main.c``.  libpython is linked because the translated module names it; no interpreter is started.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+INCLUDE = ROOT / "kvmmmu" / "include"
+
+SANITIZERS = {
+    "": [],
+    "tsan": ["-fsanitize=thread"],
+    "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+}
+TEST_BUILDS = {"forced"}  # mains that need the points of hooks.h
+
+
+def write_names(out: Path) -> None:
+    """Points and mutants of ``hooks.h`` by number, for the command line."""
+    hooks = (INCLUDE / "kvmmmu" / "hooks.h").read_text()
+    lines = []
+    for kind in ("POINT", "MUTANT"):
+        names = re.findall(rf"^ *KVMMMU_{kind}_(\w+)(?: = \d+)?,", hooks, re.MULTILINE)
+        body = "".join(f'    [KVMMMU_{kind}_{name}] = "{name}",\n' for name in names)
+        lines.append(f"static const char *const {kind.lower()}_names[KVMMMU_{kind}S] = {{\n{body}}};\n")
+    (out / "names.h").write_text("\n".join(lines))
+
+
+def run(*command: str | Path) -> None:
+    """Run a step of the build; its output is shown when it fails."""
+    done = subprocess.run([str(part) for part in command], cwd=HERE, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(str(part) for part in command)}\n{done.stdout}{done.stderr}")
+
+
+def build(name: str, sanitizer: str = "", out: Path | None = None, cflags: str = "") -> Path:
+    """Build a main; returns the program."""
+    out = out or ROOT / "build" / "native" / (name + (f"-{sanitizer}" if sanitizer else ""))
+    out.mkdir(parents=True, exist_ok=True)
+    write_names(out)
+    translated = out / f"{name}.c"
+    run(sys.executable, "-m", "cython", "-3", "--line-directives", "-I", ROOT, "-I", HERE, HERE / f"{name}.pyx",
+        "-o", translated)
+    flags = [*shlex.split(cflags or ("-O1 -g" if sanitizer else "-O0 -g")), "-fwrapv", "-w", "-pthread"]
+    flags += SANITIZERS[sanitizer]
+    if name in TEST_BUILDS:
+        flags.append("-DKVMMMU_TEST")
+    library = sysconfig.get_config_var("LIBDIR")
+    program = out / name
+    run(os.environ.get("CC", "cc"), *flags, f"-I{INCLUDE}", f"-I{HERE}", f"-I{out}",
+        f"-I{sysconfig.get_config_var('INCLUDEPY')}", translated, HERE / "main.c",
+        *([HERE / "turns.c"] if name in TEST_BUILDS else []), "-o", program, f"-L{library}", f"-Wl,-rpath,{library}",
+        f"-lpython{sysconfig.get_config_var('LDVERSION')}", "-lm", "-ldl")
+    return program
+
+
+def main() -> int:
+    """Build what the command line asks for, then run it with what stands behind ``--``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--tsan", action="store_true", help="under ThreadSanitizer")
+    how.add_argument("--asan", action="store_true", help="under AddressSanitizer and UBSan")
+    parser.add_argument("--cflags", default="", help="instead of -O0 -g (sanitizers: -O1 -g)")
+    parser.add_argument("arguments", nargs="*", help="of the program, behind --")
+    args = parser.parse_args()
+    program = build(args.name, "tsan" if args.tsan else "asan" if args.asan else "", cflags=args.cflags)
+    return subprocess.run([program, *args.arguments]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Forced interleavings: every case is a schedule, run by ``forced CASE``; see README.md beside this file."""
+
+from libc.stdio cimport printf
+from libc.string cimport memset, strcmp
+from kvmmmu.engine.hooks cimport *
+from kvmmmu.engine.state cimport MMU_SHADOW
+from turns cimport *
+from world cimport *
+from cases_walk cimport *
+
+ctypedef int (*case_fn)(World *) noexcept nogil
+
+cdef struct Case:
+    const char *name
+    case_fn run
+    int mmu
+    bint tdp_mmu
+    int mutants[4]    # faults this case finds when they are planted; 0 ends the list
+
+cdef enum:
+    MAX_CASES = 128
+
+cdef struct Cases:
+    Case all[128]
+    int n
+
+
+cdef void case_add(Cases *c, const char *name, case_fn run, int mmu, bint tdp_mmu, int m0, int m1) noexcept nogil:
+    cdef Case *it = &c.all[c.n]
+    it.name = name
+    it.run = run
+    it.mmu = mmu
+    it.tdp_mmu = tdp_mmu
+    it.mutants[0] = m0
+    it.mutants[1] = m1
+    c.n += 1
+
+
+cdef void cases_list(Cases *c) noexcept nogil:
+    """One line a case; the tests read the names here."""
+    case_add(c, b"c1_empty_to_present", c1_empty_to_present, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c1_old_value", c1_old_value, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c4_freer_waits", c4_freer_waits, MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
+
+
+cdef int case_run(const Case *it, bint points) noexcept nogil:
+    """0: its schedule ran and its rules held."""
+    cdef World *w = world_new(it.mmu, 2, it.tdp_mmu)
+    cdef int failed
+    if w == NULL:
+        printf("no memory for the machine\n")
+        return 2
+    turns_reset()
+    failed = it.run(w)
+    turns_finish()
+    if points:
+        turns_print_points()
+    failed += world_end(w)
+    return 1 if failed else 0
+
+
+cdef public int native_main(int argc, char **argv) noexcept nogil:
+    """forced --list | [--without POINT] [--mutant MUTANT] [--points] CASE"""
+    cdef Cases c
+    cdef int i = 1, j, number
+    cdef bint points = False
+    memset(&c, 0, sizeof(c))
+    cases_list(&c)
+    while i < argc and argv[i][0] == b"-":
+        if strcmp(argv[i], b"--list") == 0:
+            for j in range(c.n):
+                printf("%s", c.all[j].name)
+                number = 0
+                while number < 4 and c.all[j].mutants[number]:
+                    printf(" %s", turns_mutant_name(c.all[j].mutants[number]))
+                    number += 1
+                printf("\n")
+            return 0
+        if strcmp(argv[i], b"--points") == 0:
+            points = True
+        elif i + 1 < argc and strcmp(argv[i], b"--without") == 0:
+            i += 1
+            number = turns_point_number(argv[i])
+            if number < 0:
+                printf("no point %s\n", argv[i])
+                return 2
+            turns_without(number)
+        elif i + 1 < argc and strcmp(argv[i], b"--mutant") == 0:
+            i += 1
+            number = turns_mutant_number(argv[i])
+            if number < 0:
+                printf("no mutant %s\n", argv[i])
+                return 2
+            turns_plant(number)
+        i += 1
+    for j in range(c.n):
+        if i < argc and strcmp(argv[i], c.all[j].name) == 0:
+            return case_run(&c.all[j], points)
+    printf("usage: forced --list | [--without POINT] [--mutant MUTANT] [--points] CASE\n")
+    return 2
