@@ -82,12 +82,7 @@ class VM:
         if not isinstance(host, HostCpu):
             raise TypeError(f"host must be a HostCpu, not {type(host).__name__}")
         if isinstance(behaviour, Behaviour):
-            behaviour = Behaviour(
-                behaviour.profile,
-                mmio_scheme=behaviour.mmio_scheme if mmio_scheme is None else mmio_scheme,
-                tdp_mmu=behaviour.tdp_mmu if tdp_mmu is None else tdp_mmu,
-                nx_huge_pages=behaviour.nx_huge_pages if nx_huge_pages is None else nx_huge_pages,
-            )
+            behaviour = behaviour.changed(mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
         else:
             behaviour = Behaviour(behaviour, mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
         self._mmu: Mmu = mmu
@@ -99,6 +94,7 @@ class VM:
             MMIO_SCHEMES[behaviour.mmio_scheme],
             behaviour.tdp_mmu,
             behaviour.nx_huge_pages,
+            era=behaviour.bits,
         )
         self.memslots = MemSlots(self._core)
         self.mmio = Mmio()

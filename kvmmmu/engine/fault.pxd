@@ -63,6 +63,17 @@ cdef inline int walk_sptes(Vcpu *vcpu, uint64_t address, uint64_t *sptes, int *t
     return leaf
 
 
+cdef inline int mmio_not_found(Vm *vm, bint direct, uint64_t spte) noexcept nogil:
+    """No mmio spte behind a reserved-bit fault: somebody took it away, or the tables are broken.
+
+    A guest's own tables may have been rewritten since; tables that translate linearly change by KVM's hand alone.
+    """
+    if direct and spte and (vm.switches.era & ERA_MMIO_BUG_OTHER
+                            or vm.switches.era & ERA_MMIO_BUG_PRESENT and spte_present(spte)):
+        return ERR_INVAL
+    return RET_PF_INVALID if vm.switches.era & ERA_MMIO_MISS_FAULTS else RET_PF_RETRY
+
+
 cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     """A reserved-bit fault: EMULATE, RETRY, INVALID (stale, take the real path) or ERR_INVAL (a bug).
 
@@ -85,18 +96,20 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     leaf = walk_sptes(vcpu, address, sptes, &top)
     if leaf == 0:
         return RET_PF_RETRY
-    for level in range(leaf, top + 1):
-        if spte_present(sptes[level]) and rsvd_fault(&vcpu.hw, level, sptes[level]):
-            return ERR_INVAL
     spte = sptes[leaf]
+    if not vm.switches.era & (ERA_MMIO_BUG_OTHER | ERA_MMIO_BUG_PRESENT):
+        for level in range(leaf, top + 1):
+            if spte_present(sptes[level]) and rsvd_fault(&vcpu.hw, level, sptes[level]):
+                return ERR_INVAL
     if not spte_is_mmio(&vm.masks, spte):
-        return RET_PF_RETRY
+        return mmio_not_found(vm, direct, spte)
     gfn = mmio_spte_gfn(&vm.masks, spte)
     access = mmio_spte_access(&vm.masks, spte)
-    gen = vcpu_generation(vcpu)
-    ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
-    if not mmio_gen_valid(gen, spte):
-        return RET_PF_INVALID
+    if not vm.switches.era & (ERA_MMIO_WIDE | ERA_MMIO_CONSTANT):
+        gen = vcpu_generation(vcpu)
+        ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
+        if not mmio_gen_valid(gen, spte):
+            return RET_PF_INVALID
     hook(vcpu, POINT_MMIO_FRESH)
     if direct:
         address = 0
@@ -221,11 +234,12 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         # The tables are not deep enough for this address: an entry made for it would be another address's.
         return RET_PF_EMULATE
     f.max_level = host_max_level(vm) if vm.mmu else <int>LEVEL_2M
-    if fault_write_tracked(f):
+    if not vm.switches.era & ERA_PROTECT_LATE and fault_write_tracked(f):
         return RET_PF_EMULATE
-    ret = fast_page_fault(vcpu, f)
-    if ret != RET_PF_INVALID:
-        return ret
+    if not vm.switches.era & ERA_NO_FAST_FAULT:
+        ret = fast_page_fault(vcpu, f)
+        if ret != RET_PF_INVALID:
+            return ret
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
         return ret
@@ -277,11 +291,12 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.gfn = w.gpa >> 12
     f.slot = vcpu_slot(vcpu, f.gfn)
     f.max_level = w.level
-    if fault_write_tracked(f):
-        flooding_clear_path(vcpu, f.addr)
-        return RET_PF_EMULATE
-    if fault_hits_own_tables(vcpu, f, w):
-        f.max_level = LEVEL_4K
+    if not vm.switches.era & ERA_PROTECT_LATE:
+        if fault_write_tracked(f):
+            flooding_clear_path(vcpu, f.addr)
+            return RET_PF_EMULATE
+        if fault_hits_own_tables(vcpu, f, w):
+            f.max_level = LEVEL_4K
     f.access = w.pte_access
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
@@ -289,6 +304,8 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     # CR0.WP=0: a supervisor store to a read-only page needs W, which then must be the
     # supervisor's alone.  Not for MMIO, whose access bits are cached.
     if f.write and not w.pte_access & ACC_W and not vcpu.regs.cr0 & CR0_WP and not f.user and f.slot != NULL:
+        # Pages between a large guest entry and its small leaves: of the guest's own rights, or (later) of these.
+        f.access = w.pte_access
         w.pte_access = (w.pte_access | ACC_W) & ~<uint32_t>ACC_U
         if vcpu.regs.cr4 & CR4_SMEP:
             w.pte_access &= ~<uint32_t>ACC_X
@@ -337,6 +354,12 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
         f.access = ACC_ALL
         vcpu.stats[<int>VSTAT_PF_TAKEN] += 1
         ret = direct_page_fault(vcpu, &f) if direct else shadow_page_fault(vcpu, &f)
+        if vm.switches.era & ERA_COUNT_OLD:
+            if ret == RET_PF_EMULATE or ret == RET_PF_SPURIOUS:
+                vcpu.stats[<int>VSTAT_PF_FIXED] += 1
+            if ret != RET_PF_EMULATE:
+                # A fault that the guest's own use of its tables explains: not one of a row of stores.
+                vcpu.written_times = 0
         if ret == RET_PF_FIXED:
             vcpu.stats[<int>VSTAT_PF_FIXED] += 1
         elif ret == RET_PF_EMULATE:

@@ -13,6 +13,7 @@ from kvmmmu.engine.roles cimport guest_formats, is_pae_paging, is_paging, roles_
 from kvmmmu.engine.roots cimport (
     ROOTS_ALL, ROOT_CURRENT, context_reset, root_switch, roots_free,
 )
+from kvmmmu.engine.tlb cimport flush_own_tlb
 from kvmmmu.engine.state cimport (
     MMU_NPT, MMU_SHADOW, PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, Vcpu, Vm,
 )
@@ -50,6 +51,11 @@ cdef inline uint64_t active_pcid(const Vcpu *vcpu) noexcept nogil:
 cdef inline void pcid_flush(Vcpu *vcpu, uint64_t pcid) noexcept nogil:
     """Everything cached for a PCID may be stale: sync the current root, drop previous ones of it."""
     cdef int i, which = 0
+    if vcpu.vm.switches.era & ERA_COUNT_OLD:
+        if vcpu.root.page:
+            flush_own_tlb(vcpu)
+            request(vcpu, REQ_MMU_SYNC)
+        return
     if active_pcid(vcpu) == pcid:
         request(vcpu, REQ_MMU_SYNC | REQ_TLB_FLUSH_CURRENT)
     if not vcpu.regs.cr4 & CR4_PCIDE:
@@ -76,6 +82,9 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
         value &= ~CR3_NOFLUSH
         pcid = value & CR3_PCID_MASK
     if not cr3_legal(vcpu, value):
+        return REG_GP
+    if (value != vcpu.regs.cr3 and vcpu.vm.switches.era & ERA_CR3_NEEDS_SLOT and not tdp_enabled(vcpu.vm)
+            and guest_host(vcpu, value & PT_ADDR_MASK) == NULL):
         return REG_GP
     if value != vcpu.regs.cr3 or is_pae_paging(vcpu):
         # With nested paging SVM reads PDPTEs at each walk; loading CR3 does not (APM vol. 2 section 15.25).
@@ -139,6 +148,10 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
     cdef bint long_mode = (vcpu.regs.efer & EFER_LMA) != 0
     if long_mode and (not value & CR4_PAE or changed & CR4_LA57):
         return REG_GP
+    if vcpu.vm.switches.era & ERA_CR4_STRICT:
+        if value & (CR4_SMAP | CR4_PKE | CR4_PCIDE | CR4_LA57):
+            return REG_GP
+        role_bits |= CR4_PGE
     if vcpu.vm.mmu == MMU_SHADOW and value & CR4_PKE and vcpu.regs.pkru:
         return REG_GP
     if value & CR4_PCIDE and changed & CR4_PCIDE:
@@ -166,6 +179,7 @@ cdef inline int write_efer(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if is_paging(vcpu) and (old ^ value) & EFER_LME:
         return REG_GP
     vcpu.regs.efer = (value & ~EFER_LMA) | (old & EFER_LMA)
+    vcpu.role_nx = value & EFER_NX
     if (old ^ value) & (EFER_LME | EFER_NX):
         context_reset(vcpu)
     return REG_OK

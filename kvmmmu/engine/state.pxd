@@ -176,7 +176,7 @@ cdef struct ShadowPage:
     uint8_t nx_disallowed
     uint8_t on_list       # LIST_*
     uint8_t special       # a PAE root table: entries, but no gfn, role or list
-    uint32_t unused
+    uint32_t slot_bits    # slots (id mod 32) that a leaf here was ever made for
 
 cdef enum:
     LIST_NONE = 0
@@ -275,6 +275,7 @@ cdef enum:
     STAT_MAX_MMU_PAGE_HASH_COLLISIONS
     STAT_REMOTE_TLB_FLUSH
     STAT_REMOTE_TLB_FLUSH_REQUESTS
+    STAT_MMU_PTE_UPDATED
     VM_STATS
 
 cdef enum:
@@ -374,6 +375,11 @@ cdef struct Vcpu:
     int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
+    uint64_t role_nx      # EFER.NX as the last WRMSR set it: what a role says where SREGS is not asked
+    uint64_t written_gfn  # the table the guest wrote last by emulation, and how often in a row
+    uint32_t written_times
+    uint64_t ahead_spte   # the spte last made ahead of its use, and its gfn: was it used, the table is alive
+    uint64_t ahead_gfn
     uint64_t stats[32]
     Walk walk             # the last guest walk (KVM's or the processor's)
     Walk nested           # the last walk of the second dimension, or of shadow tables
@@ -402,6 +408,7 @@ cdef struct Switches:
     uint8_t tdp_mmu
     uint8_t nx_huge_pages
     uint8_t eager_split   # split huge mappings when dirty logging starts
+    uint64_t era          # ERA_*: each a decision that older kernels take otherwise
     uint8_t manual_protect  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: bit 0 manual, bit 1 initially set
 
 cdef struct Vm:

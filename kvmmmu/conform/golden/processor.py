@@ -80,6 +80,7 @@ class Processor:
         self.artefacts = artefacts = configuration.artefacts
         self.pcid = configuration.pcid
         self.shadow = configuration.mmu == "shadow"
+        self.users_get_ud = "fetch_fault_fails" not in configuration.behaviour.switches
         self.exits = Exits(configuration.amd, not self.shadow)
         self.note = recorder.note
         self.host = recorder.host
