@@ -40,6 +40,7 @@ SWITCHES: Final = MappingProxyType(
         "flood_by_vcpu": "repeated stores to one table are counted by the vCPU, at every level",
         "dirty_by_cpu": "D is left to the processor, and survives rewriting an entry",
         "log_whole_slot": "dirty logging write-protects whole shadow pages of a slot, and drops large leaves",
+        "wp0_unlogged": "a store under CR0.WP=0 to a read-only page is not entered in the dirty log",
         "zap_at_once": "zapping all goes through the pages, newest first, without a generation of valid pages",
         "nx_by_guest": "the processor runs with the guest's EFER.NX; roles learn it by WRMSR only",
         "one_root": "no previous roots are kept",

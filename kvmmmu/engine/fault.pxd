@@ -20,7 +20,7 @@ from kvmmmu.engine.hooks cimport (
     POINT_SLOT_FOUND, hook, mutant,
 )
 from kvmmmu.engine.leaf cimport (
-    RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
+    LEAF_UNLOGGED, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
     vcpu_generation,
 )
 from kvmmmu.engine.locks cimport (
@@ -307,6 +307,8 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         # Pages between a large guest entry and its small leaves: of the guest's own rights, or (later) of these.
         f.access = w.pte_access
         w.pte_access = (w.pte_access | ACC_W) & ~<uint32_t>ACC_U
+        if vm.switches.era & ERA_WP0_UNLOGGED:
+            w.pte_access |= LEAF_UNLOGGED
         if vcpu.regs.cr4 & CR4_SMEP:
             w.pte_access &= ~<uint32_t>ACC_X
     hook(vcpu, POINT_FAULT_PFN)

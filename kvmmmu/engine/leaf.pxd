@@ -36,6 +36,7 @@ cdef enum:
 
 cdef enum:
     RMAP_RECYCLE_THRESHOLD = 1000
+    LEAF_UNLOGGED = 8   # beside ACC_*: the dirty log does not hear of this leaf
 
 
 cdef inline uint64_t vcpu_generation(Vcpu *vcpu) noexcept nogil:
@@ -100,7 +101,7 @@ cdef inline bint leaf_make(Vm *vm, int vcpu_id, const ShadowPage *sp, Slot *slot
         spte |= old & m.dirty
     if prefetch:
         spte = acc_track_spte(m, spte)
-    if spte_writable(spte) and slot.flags & MEM_LOG_DIRTY_PAGES:
+    if spte_writable(spte) and slot.flags & MEM_LOG_DIRTY_PAGES and not access & LEAF_UNLOGGED:
         slot_mark_dirty(slot, gfn)
     out[0] = spte
     return refused
@@ -182,7 +183,7 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
         leaf_note(vcpu, index, slot, gfn, refused, prefetch)
     if flush:
         flush_remote_tlbs(vm)
-    spte_set_shadowed(vm, index, gfn, access)
+    spte_set_shadowed(vm, index, gfn, access & ACC_ALL)
     if not mapped:
         before = rmap_add(vm, slot, index, gfn)
         if before > vm.stats[<int>STAT_MAX_MMU_RMAP_SIZE]:

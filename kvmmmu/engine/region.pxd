@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed
+from kvmmmu.engine.dirty cimport INITIALLY_SET, protect_pages_of, slot_logging_changed
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
@@ -345,6 +345,11 @@ cdef inline int region_apply(Vm *vm, Region *r) noexcept nogil:
         if old != NULL and r.size:
             r.size = old.npages << 12
     err = region_check(vm, r, old)
+    if err == ERR_NONE and r.change == CHANGE_NONE and vm.switches.era & ERA_LOG_WHOLE_SLOT:
+        # Linux 3.1 commits even what changes nothing, and that write-protects.
+        mmu_write_lock(vm)
+        protect_pages_of(vm, old)
+        mmu_write_unlock(vm)
     if err != ERR_NONE or r.change == CHANGE_NONE:
         return err
     w.plan.map = NULL

@@ -36,7 +36,8 @@ cdef inline uint32_t child_role(Vcpu *vcpu, uint32_t parent, int parent_entry, b
                                 uint32_t access) noexcept nogil:
     """A child keeps its parent's role but for level, access and kind."""
     cdef uint32_t role = role_with_access(role_with_level(parent, role_level(parent) - 1), access)
-    role &= ~(ROLE_DIRECT | ROLE_PASSTHROUGH)
+    # Linux 3.1 builds on under a root that was recycled while in use.
+    role &= ~(ROLE_DIRECT | ROLE_PASSTHROUGH | ROLE_INVALID)
     # A 32-bit guest table has 1024 entries: two shadow pages, by the low bit of the parent's entry.
     if role & ROLE_4BYTE_GPTE and role_level(role) == LEVEL_4K:
         role = role_with_quadrant(role, parent_entry & 1)
