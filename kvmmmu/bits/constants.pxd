@@ -155,6 +155,8 @@ cdef extern from "kvmmmu/bits.h" nogil:
     const uint64_t ERA_FETCH_FAULT_FAILS "KVMMMU_ERA_FETCH_FAULT_FAILS"
     const uint64_t ERA_PDPTES_FRESH "KVMMMU_ERA_PDPTES_FRESH"
     const uint64_t ERA_WP0_UNLOGGED "KVMMMU_ERA_WP0_UNLOGGED"
+    const uint64_t ERA_PDPTE_LAX "KVMMMU_ERA_PDPTE_LAX"
+    const uint64_t ERA_CR0_LAX "KVMMMU_ERA_CR0_LAX"
     const uint64_t ALL_ONES "KVMMMU_ALL_ONES"
 
 # Small numbers: safe as C enums (they fit an int).

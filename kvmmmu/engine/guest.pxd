@@ -175,6 +175,13 @@ cdef inline int guest_walk_format(int fmt, Vcpu *vcpu, const Paging *p, Walk *w,
             return True
 
 
+cdef inline bint guest_pdpte_bad(const Vcpu *vcpu, uint64_t pdpte) noexcept nogil:
+    """A PDPTE that KVM would not load."""
+    if vcpu.vm.switches.era & ERA_PDPTE_LAX:
+        pdpte &= ~(PT_ACCESSED_MASK | PT_DIRTY_MASK)
+    return paging_pdptr_bad(pdpte, &vcpu.model)
+
+
 cdef inline void pdptes_refresh(Vcpu *vcpu) noexcept nogil:
     """Take the four PDPTEs as they stand in memory, if the processor could load them."""
     cdef uint8_t *host = guest_host(vcpu, vcpu.regs.cr3 & bits_between(31, 5))
@@ -184,7 +191,7 @@ cdef inline void pdptes_refresh(Vcpu *vcpu) noexcept nogil:
         return
     for i in range(4):
         loaded[i] = ld_u64(<const uint64_t *>host + i)
-        if paging_pdptr_bad(loaded[i], &vcpu.model):
+        if guest_pdpte_bad(vcpu, loaded[i]):
             return
     for i in range(4):
         vcpu.regs.pdptr[i] = loaded[i]

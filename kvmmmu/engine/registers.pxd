@@ -4,10 +4,10 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport CpuRegs, FAULT_NONE, FAULT_PDPTE, paging_pdptr_bad
+from kvmmmu.bits.paging cimport CpuRegs
 from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.atomics cimport ld_u64
-from kvmmmu.engine.guest cimport guest_host
+from kvmmmu.engine.guest cimport guest_host, guest_pdpte_bad
 from kvmmmu.engine.locks cimport request
 from kvmmmu.engine.roles cimport guest_formats, is_pae_paging, is_paging, roles_refresh, tdp_enabled
 from kvmmmu.engine.roots cimport (
@@ -36,7 +36,7 @@ cdef inline int pdptrs_load(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
         return REG_GP
     for i in range(4):
         loaded[i] = ld_u64(<const uint64_t *>host + i)
-        if paging_pdptr_bad(loaded[i], &vcpu.model):
+        if guest_pdpte_bad(vcpu, loaded[i]):
             return REG_GP
     if memcmp(loaded, vcpu.regs.pdptr, sizeof(loaded)) != 0:
         if not tdp_enabled(vcpu.vm):
@@ -124,7 +124,8 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if value >> 32 or not mode_legal(value, vcpu.regs.cr4, vcpu.regs.efer):
         return REG_GP
     # Long mode is left from compatibility mode only.
-    if not value & CR0_PG and (vcpu.regs.cr4 & CR4_PCIDE or vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat):
+    if not value & CR0_PG and (vcpu.regs.cr4 & CR4_PCIDE or vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat
+                                   and not vcpu.vm.switches.era & ERA_CR0_LAX):
         return REG_GP
     if (value & CR0_PG and not vcpu.regs.efer & EFER_LME and vcpu.regs.cr4 & CR4_PAE
             and changed & (CR0_PG | CR0_CD | CR0_NW)):

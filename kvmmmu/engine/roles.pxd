@@ -73,6 +73,8 @@ cdef inline uint32_t calc_root_role(const Vcpu *vcpu) noexcept nogil:
     if tdp_enabled(vcpu.vm):
         if vcpu.vm.switches.era & ERA_NX_BY_GUEST:
             fixed &= ~ROLE_EFER_NX
+        if vcpu.vm.switches.era & ERA_ROLE_PLAIN:
+            return fixed | ROLE_DIRECT | <uint32_t>tdp_level(vcpu) | (<uint32_t>vcpu.smm << ROLE_SMM_SHIFT)
         role = fixed | ROLE_DIRECT | ROLE_CR0_WP | <uint32_t>tdp_level(vcpu) | (<uint32_t>vcpu.smm << ROLE_SMM_SHIFT)
         return role | (0 if vcpu.vm.masks.ad_enabled else ROLE_AD_DISABLED)
     # KVM's own tables always run with NX, and at least three levels.

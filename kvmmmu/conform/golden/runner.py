@@ -162,7 +162,8 @@ def knowable(configuration: Configuration, script: Script, result: Result) -> in
     """How many operations of a run can be foretold.
 
     Under CR4.SMEP the walker of Linux 3.1 tests a variable that it never set: a guest may go round for ever, and what
-    it did to its registers and tables until it was stopped is in no recording.
+    it did to its registers and tables until it was stopped is in no recording.  It also lets 64-bit code switch paging
+    off, after which the processor is in no mode that the manuals know.
     """
     if configuration.era != "3.1":
         return len(result.ops)
@@ -172,6 +173,8 @@ def knowable(configuration: Configuration, script: Script, result: Result) -> in
             cr4 = op["value"]
         if done.out[-1:] == (("hang", {}),) and cr4 & TABLE["CR4_SMEP"]:
             return op.index
+        if op.name == "cr0" and script.long and not op["value"] & TABLE["CR0_PG"] and done.out[-1][0] == "ok":
+            return op.index + 1
     return len(result.ops)
 
 
