@@ -768,7 +768,7 @@ EVENT_KINDS = (
     "kvm_mmu_zap_all_fast", "kvm_mmu_set_spte", "kvm_mmu_spte_requested", "kvm_tdp_mmu_spte_changed",
     "kvm_mmu_split_huge_page", "kvm_page_fault", "vcpu_match_mmio", "kvm_mmio", "kvm_fast_mmio",
     "kvm_inj_exception", "kvm_emulate_insn", "kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva",
-    "kvm_test_age_hva", "kvm_exit", "kvm_cr", "kvm_msr",
+    "kvm_test_age_hva", "kvm_exit", "kvm_cr", "kvm_msr", "kvm_age_page",
 )
 EVENT_DTYPE = np.dtype([("kind", np.uint32), ("vcpu", np.uint32), ("w", np.uint64, (7,))])
 # By number: why a region was refused (WHY_*).

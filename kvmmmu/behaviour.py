@@ -28,7 +28,7 @@ SWITCHES: Final = MappingProxyType(
         "entry_installs": "an emulated store to a last-level table installs the new entry, an mmio spte too",
         "invlpg_rewrites": "INVLPG brings every page of the table up to date, as an emulated store would",
         "sync_empty_zaps": "synchronising a table that maps nothing any more zaps it",
-        "accessed_early": "KVM's walk sets A bits level by level, and stops to at the first level that refuses",
+        "accessed_early": "KVM's walk sets A bits level by level, down to the first level that refuses",
         "pdptes_fresh": "KVM reads the PDPTEs of an SVM guest from memory at each walk of its own",
         "pdpte_lax": "bits 5 and 6 of a PDPTE are not reserved",
         "path_access": "every page of a walk carries the rights of the whole path, not of the levels above it",
@@ -36,7 +36,7 @@ SWITCHES: Final = MappingProxyType(
         "protect_drops_large": "write-protecting a gfn drops writable large leaves instead of protecting them",
         "prefetch_unsync": "entries filled ahead may make a table unsync",
         "prefetch_skips": "filling ahead skips unusable guest entries instead of ending there",
-        "prefetch_no_tail": "filling direct pages ahead leaves out the entries behind the last one present in the window",
+        "prefetch_no_tail": "filling direct pages ahead leaves out what follows the last present entry of the window",
         "lookup_syncs": "unsync pages of a gfn that becomes an upper table are synchronised instead of zapped",
         "flood_by_vcpu": "repeated stores to one table are counted by the vCPU, at every level",
         "dirty_by_cpu": "D is left to the processor, and survives rewriting an entry",
@@ -49,7 +49,7 @@ SWITCHES: Final = MappingProxyType(
         "cr0_lax": "paging may be switched off from 64-bit code",
         "cr4_strict": "SMAP, PKE, PCIDE and LA57 are unknown bits; PGE resets the context",
         "no_retry": "an instruction is always emulated, never resumed after unprotecting its page",
-        "fetch_fault_fails": "an instruction KVM cannot fetch fails for the user too, or resumes the guest where its data has memory",
+        "fetch_fault_fails": "an instruction KVM cannot fetch fails for users too, or resumes where data has memory",
         "no_shortcut": "the emulator walks the guest's tables even where the fault told the address",
         "mmio_whole": "an MMIO read is one piece whatever pages it crosses; of a crossing write the last piece leaves",
         "fault_keeps": "injecting a page fault drops no stale leaf",
@@ -106,11 +106,11 @@ class Behaviour:
         For an unknown profile or switch, or an illegal value of one.
     """
 
-    profile: Final[str]
-    mmio_scheme: Final[MmioScheme]
-    tdp_mmu: Final[bool]
-    nx_huge_pages: Final[bool]
-    switches: Final[frozenset[str]]
+    profile: str
+    mmio_scheme: MmioScheme
+    tdp_mmu: bool
+    nx_huge_pages: bool
+    switches: frozenset[str]
 
     def __init__(
         self,

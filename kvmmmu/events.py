@@ -345,6 +345,9 @@ class _Renderer:
     kvm_test_age_hva = kvm_set_spte_hva
     kvm_age_hva = kvm_unmap_hva_range
 
+    def kvm_age_page(self, _vcpu: int, hva: int, gfn: int, young: int, *_: int) -> str:
+        return f"{self.hva_name(hva)} gfn {gfn:x} {'YOUNG' if young else 'OLD'}"
+
     def kvm_exit(
         self, _vcpu: int, isa: int, reason: int, rip: int, info1: int, info2: int, intr: int, err: int
     ) -> str:
@@ -359,6 +362,10 @@ class _Renderer:
         return f"msr_{'write' if write else 'read'} {index:x} = {value:#x}{' (#GP)' if refused else ''}"
 
 
+# The walker is told whether it is a write, a user's access or a fetch; the rest of the code is not its business.
+_WALK_31: Final = 2 | 4 | 16
+
+
 class _Renderer31(_Renderer):
     """The tracepoints of Linux 3.1 that differ."""
 
@@ -368,15 +375,18 @@ class _Renderer31(_Renderer):
     def mark_mmio_spte(self, _vcpu: int, sptep: int, gfn: int, access: int, _gen: int, *_: int) -> str:
         return f"gfn {gfn:x} access {access & 6:x} idx {sptep & 511}"
 
+    def kvm_mmu_pagetable_walk(self, vcpu: int, gva: int, pferr: int, *_: int) -> str:
+        return super().kvm_mmu_pagetable_walk(vcpu, gva, pferr & _WALK_31)
+
     def kvm_page_fault(self, _vcpu: int, _rip: int, address: int, code: int, *_: int) -> str:
-        return f"address {address:x} error_code {code:x}"
+        return f"address {address:x} error_code {code & 0xFFFFFFFF:x}"
 
     def kvm_emulate_insn(
         self, vcpu: int, csbase: int, rip: int, low: int, high: int, length: int, mode: int, failed: int
     ) -> str:
         text = super().kvm_emulate_insn(vcpu, csbase, rip, low, high, length, mode, failed)
-        place, code = text.split(":", 2)[:2], text.split(":", 2)[2]
-        return f"{place[0]}:{place[1]}: {code}"
+        base, address, code = text.split(":", 2)
+        return f"{base}:{address}: {code.lstrip()}"
 
 
 def parse_kind(name: str) -> int:

@@ -18,8 +18,8 @@ DIRECTIVES = (
 ENGINE_ORDER = (
     "answers hooks state atomics claim memory codec events drain memmap reserve memslots slotsets hostmem locks walk "
     "quick translate cases snapshot hostpages pfns pages rmap tlb lookup guest sptes track zap leaf prefetch sync "
-    "rewrite shadow roles tdp trees mmiocache roots fault notifier dirty region birth write registers emulate vcpu moves insn "
-    "replay embed"
+    "rewrite shadow roles tdp trees mmiocache roots fault notifier dirty region birth write registers emulate vcpu "
+    "moves insn replay embed"
 ).split()
 
 # From the ground up; a floor imports only from itself and the floors below.

@@ -122,7 +122,7 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
     Pieces that no memory takes are listed in ``out``, for the caller to complete; none is when
     a later piece faults, so a fault in the second page hides the first.
     """
-    cdef int done = 0, now, kind
+    cdef int done = 0, now, kind, shown
     cdef uint64_t gpa = 0, value = 0, here
     cdef bint whole = (vcpu.vm.switches.era & ERA_MMIO_WHOLE) != 0
     out.n_mmio = 0
@@ -156,7 +156,9 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
                 # Traced as it is queued, even if a later piece faults and nothing leaves.
                 # The tracepoint has room for eight bytes of however wide a store.
                 value = 0
-                memcpy(&value, data + done, now if now < 8 else 8)
+                # (Linux 3.1 shows what follows the piece as well.)
+                shown = size - done if whole else now
+                memcpy(&value, data + done, shown if shown < 8 else 8)
                 ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, now, gpa, value)
         done += now
     if out.n_mmio:

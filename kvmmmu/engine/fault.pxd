@@ -20,7 +20,8 @@ from kvmmmu.engine.hooks cimport (
     POINT_SLOT_FOUND, hook, mutant,
 )
 from kvmmmu.engine.leaf cimport (
-    LEAF_UNLOGGED, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
+    LEAF_UNLOGGED, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS,
+    acc_track_restore,
     vcpu_generation,
 )
 from kvmmmu.engine.locks cimport (

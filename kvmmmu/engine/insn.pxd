@@ -159,7 +159,8 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, last_piece(gva, insn.size), insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED,
+            insn.size if vcpu.vm.switches.era & ERA_MMIO_WHOLE else last_piece(gva, insn.size), insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT

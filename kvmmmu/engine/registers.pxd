@@ -76,7 +76,7 @@ cdef inline bint cr3_legal(const Vcpu *vcpu, uint64_t cr3) noexcept nogil:
 cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
     """MOV to CR3.  REG_GP: refused, nothing changed."""
     cdef bint keep = False
-    cdef uint64_t pcid = 0
+    cdef uint64_t pcid = 0, old = vcpu.regs.cr3
     if vcpu.regs.cr4 & CR4_PCIDE:
         keep = (value & CR3_NOFLUSH) != 0
         value &= ~CR3_NOFLUSH
@@ -96,7 +96,7 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
                 root_switch(vcpu, value)
         guest_formats(vcpu)
     # Under TDP the processor loads CR3 by itself; KVM has nothing to synchronise.
-    if not keep and not tdp_enabled(vcpu.vm):
+    if not keep and not tdp_enabled(vcpu.vm) and not (vcpu.vm.switches.era & ERA_ONE_ROOT and value != old):
         pcid_flush(vcpu, pcid)
     return REG_OK
 
@@ -125,7 +125,7 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
         return REG_GP
     # Long mode is left from compatibility mode only.
     if not value & CR0_PG and (vcpu.regs.cr4 & CR4_PCIDE or vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat
-                                   and not vcpu.vm.switches.era & ERA_CR0_LAX):
+                               and not vcpu.vm.switches.era & ERA_CR0_LAX):
         return REG_GP
     if (value & CR0_PG and not vcpu.regs.efer & EFER_LME and vcpu.regs.cr4 & CR4_PAE
             and changed & (CR0_PG | CR0_CD | CR0_NW)):
@@ -135,7 +135,7 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     vcpu.regs.efer = efer_with_lma(value, vcpu.regs.efer)
     if changed & CR0_PG and not value & CR0_PG:
         request(vcpu, REQ_TLB_FLUSH_GUEST)
-    if changed & CR0_WP and not changed & CR0_PG and tdp_enabled(vcpu.vm):
+    if changed & CR0_WP and not changed & CR0_PG and tdp_enabled(vcpu.vm) and not vcpu.vm.switches.era & ERA_ONE_ROOT:
         roles_refresh(vcpu)
     elif changed & (CR0_PG | CR0_WP):
         context_reset(vcpu)

@@ -317,11 +317,12 @@ cdef inline bint root_rotate(Vcpu *vcpu, uint64_t pgd) noexcept nogil:
 
 cdef inline void root_switch(Vcpu *vcpu, uint64_t pgd) noexcept nogil:
     """CR3 takes another value: reuse a root if one is kept, else leave none."""
+    if vcpu.vm.switches.era & ERA_ONE_ROOT:
+        if not vcpu.root_role & ROLE_DIRECT:
+            roots_free(vcpu, ROOT_CURRENT)
+        return
     if vcpu.root.page and page_at(vcpu.vm, vcpu.root.page).special:
         roots_free(vcpu, ROOT_CURRENT)
-    if vcpu.vm.switches.era & ERA_ONE_ROOT:
-        roots_free(vcpu, ROOT_CURRENT)
-        return
     if not root_rotate(vcpu, pgd):
         return
     request(vcpu, REQ_LOAD_PGD)

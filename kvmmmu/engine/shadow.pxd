@@ -14,7 +14,8 @@ from kvmmmu.engine.leaf cimport (
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.locks cimport request
 from kvmmmu.engine.pages cimport (
-    gfn_bucket, gfn_first_page, gfn_next_page, hash_add, level_index, list_add_head, page_alloc, page_at, page_obsolete, page_sptes,
+    gfn_bucket, gfn_first_page, gfn_next_page, hash_add, level_index, list_add_head, page_alloc, page_at,
+    page_obsolete, page_sptes,
     role_access, role_has_gptes, role_level, role_with_access, role_with_level, role_with_quadrant, root_table,
     spte_at, spte_page,
 )

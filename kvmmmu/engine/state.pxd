@@ -221,6 +221,7 @@ cdef struct EventRing:
     uint64_t head         # records ever written
     uint64_t tail         # records ever read
     uint64_t dropped
+    uint8_t quiet_age     # kvm_age_page says OLD whatever was dropped
 
 # By tracepoint; the fields w[0..6] of each stand in events.pxd.  Append only, below 64.
 cdef enum:
@@ -256,6 +257,7 @@ cdef enum:
     EV_KVM_EXIT
     EV_KVM_CR
     EV_KVM_MSR
+    EV_KVM_AGE_PAGE
     EV_KINDS
 
 # The order is the order of the names in _core; append only.

@@ -122,7 +122,7 @@ def compare(
     for index, expected in enumerate(result.ops):
         outcomes, changes, lines = machine.run(index)
         tree = machine.tree() if expected.tree is not None and trees else ()
-        if index == len(result.ops) - 1:
+        if index == len(events) - 1:
             lines += machine.close()
         recorded = events[index].lines
         for part in parts:
