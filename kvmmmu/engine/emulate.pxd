@@ -131,7 +131,14 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
         now = size - done
         if now > 4096 - <int>(here & 4095):
             now = 4096 - <int>(here & 4095)
-        kind = piece_gpa(vcpu, here, access, known_gpa, &gpa)
+        if done and whole and not access & PFERR_WRITE:
+            kind = PIECE_MEMORY if guest_walk(vcpu, &vcpu.walk, here, access) else PIECE_FAULT
+            gpa = vcpu.walk.gpa
+        else:
+            kind = piece_gpa(vcpu, here, access, known_gpa, &gpa)
+            if kind == PIECE_MEMORY and whole and not access & PFERR_WRITE:
+                # Linux 3.1 first asks whether this is MMIO, then reads by address: two walks.
+                guest_walk(vcpu, &vcpu.walk, here, access)
         if kind == PIECE_FAULT:
             # (Linux 3.1 forgets the first page's exit as well, but not what was stored there.)
             out.n_mmio = 0
