@@ -4,6 +4,7 @@
 from libc.stdint cimport int32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_present
+from kvmmmu.engine.atomics cimport full_barrier, ld_u32, ld_u64, st_u32
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport gfn_first_page, gfn_next_page, page_at, role_level, spte_at
 from kvmmmu.engine.rewrite cimport entry_rewrite, written_entry
@@ -31,8 +32,8 @@ cdef inline bint write_floods(ShadowPage *sp) noexcept nogil:
     """The guest keeps writing a table nobody walks: it is no table any more.  Leaf tables are exempt."""
     if role_level(sp.role) == LEVEL_4K:
         return False
-    sp.flooding += 1
-    return sp.flooding >= FLOODED
+    st_u32(&sp.flooding, ld_u32(&sp.flooding) + 1)
+    return ld_u32(&sp.flooding) >= FLOODED
 
 cdef inline bint write_floods_vcpu(Vcpu *vcpu, uint64_t gfn) noexcept nogil:
     """Linux 3.1: the third store in a row to one table, unless what was mapped ahead by the last one got used."""
@@ -60,7 +61,9 @@ cdef inline void track_write(Vcpu *vcpu, uint64_t gpa, int size) noexcept nogil:
     cdef uint64_t entry
     cdef bint flush = False, floods = False, any = False
     cdef bint by_vcpu = (vm.switches.era & ERA_FLOOD_BY_VCPU) != 0
-    if not vm.indirect_pages:
+    # The store comes before the look at the count; ``account_shadowed`` counts before it reads the entry.
+    full_barrier()
+    if not ld_u64(<const uint64_t *>&vm.indirect_pages):
         return
     list_init(&invalid)
     mmu_write_lock(vm)
