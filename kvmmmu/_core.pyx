@@ -911,7 +911,7 @@ VM_STATS_ORDER = (
 VCPU_STATS_ORDER = (
     "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest", "tlb_flush",
     "invlpg", "mmio_exits", "insn_emulation", "insn_emulation_fail", "mmio_cache_hit", "mmio_spte_hit", "mmio_slow",
-    "slot_search", "guest_walk",
+    "slot_search", "guest_walk", "mmio_refill",
 )
 # By number: the tracepoint of EV_*.
 EVENT_KINDS = (
@@ -928,10 +928,10 @@ EVENT_DTYPE = np.dtype([("kind", np.uint32), ("vcpu", np.uint32), ("w", np.uint6
 REGION_REASONS = (
     None, "id", "flags", "size_align", "gpa_align", "hva_align", "as_id", "wrap", "too_many_pages", "no_slot",
     "total_pages", "hva_changed", "size_changed", "readonly_changed", "overlap", "max_gfn", "no_memory",
-    "incongruent", "backing", "no_frames", "closed",
+    "incongruent", "backing", "no_frames", "closed", "live_sptes",
 )
 assert len(VM_STATS_ORDER) == VM_STATS and len(VCPU_STATS_ORDER) == VCPU_STATS and len(EVENT_KINDS) == EV_KINDS
-assert len(REGION_REASONS) == WHY_CLOSED + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
+assert len(REGION_REASONS) == WHY_LIVE_SPTES + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
 
 
 cdef uint64_t as_word(object value, str name, int bits=64) except? 0:

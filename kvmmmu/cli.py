@@ -296,6 +296,35 @@ def _conform_table(console: Console, reports: list[Any]) -> None:
 
 
 @main.command()
+@click.option("--markdown", is_flag=True, help="Print the table of docs/review.md.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def review(markdown: bool, as_json: bool) -> None:
+    """Say what a guest gets at each point of the review of 2011: as mailed, as merged (Linux 3.1), and in Linux 6.1."""
+    from kvmmmu.analysis import review as points
+
+    if markdown:
+        click.echo(points.markdown())
+        return
+    rows = list(points.answers())
+    if as_json:
+        _print_json(
+            {
+                "points": [
+                    {"remark": point.remark, "steps": point.steps, "answers": row, "golden": point.golden}
+                    for point, row in rows
+                ]
+            }
+        )
+        return
+    table = Table()
+    for name in ("remark", "steps", *points.PROFILES, "golden script"):
+        table.add_column(name, overflow="fold")
+    for point, row in rows:
+        table.add_row(str(point.remark), point.steps, *(row[name] for name in points.PROFILES), point.golden)
+    _console().print(table)
+
+
+@main.command()
 @click.argument("dump", type=click.Path(path_type=Path))
 @click.argument("gva", type=_Address())
 @click.option("--access", type=click.Choice(["r", "w", "x"]), default="r", show_default=True, help="Kind of access.")

@@ -81,17 +81,15 @@ cdef inline void spte_masks_era(SpteMasks *m, uint64_t era, int raw_maxphyaddr, 
     As merged: every bit from MAXPHYADDR to 62, and P unless that leaves no reserved bit; under EPT a fixed range with
     W and X.  As mailed: the fixed range and bit 0 on every host.
     """
-    if not m.mmio_caching and not (era & ERA_MMIO_WIDE and raw_maxphyaddr == 52 and not ept):
+    if not era & (ERA_MMIO_WIDE | ERA_MMIO_CONSTANT):
         return
     if era & ERA_MMIO_CONSTANT:
         m.mmio_mask = bits_between(56, 49) | PT_PRESENT_MASK
-    elif era & ERA_MMIO_WIDE and ept:
+    elif ept:
         m.mmio_mask = bits_between(56, 49) | EPT_WRITE | EPT_EXEC
-    elif era & ERA_MMIO_WIDE:
+    else:
         # Without a reserved address bit the entry only looks absent: it never faults with RSVD.
         m.mmio_mask = bits_between(62, raw_maxphyaddr) | (PT_PRESENT_MASK if raw_maxphyaddr < 52 else 0)
-    else:
-        return
     m.mmio_value = m.mmio_mask
     m.mmio_caching = 1
     m.mmio_access = ACC_W | ACC_U

@@ -34,7 +34,8 @@ from kvmmmu.engine.pages cimport cache_fill, page_at, page_obsolete, root_table
 from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
 from kvmmmu.engine.shadow cimport direct_map, flooding_clear_path, shadow_map
 from kvmmmu.engine.state cimport (
-    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT,
+    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_REFILL, VSTAT_MMIO_SLOW,
+    VSTAT_MMIO_SPTE_HIT,
     VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
 )
 from kvmmmu.engine.tdp cimport TDP_FAULT_PAGES, tdp_map, tdp_reap
@@ -118,6 +119,8 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     if direct:
         address = 0
     ev_handle_mmio(vm, vcpu.id, address, gfn, access)
+    if vcpu.mmio.gva == 0 and vcpu.mmio.gfn != 0 and not direct:
+        vcpu.stats[<int>VSTAT_MMIO_REFILL] += 1
     mmio_cache_fill(vcpu, address, gfn, access)
     vcpu.stats[<int>VSTAT_MMIO_SPTE_HIT] += 1
     return RET_PF_EMULATE

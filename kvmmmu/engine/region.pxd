@@ -14,7 +14,7 @@ from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
 from kvmmmu.engine.hooks cimport POINT_SLOT_INVALID, POINT_SLOT_ZAPPED, hook
-from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_make_arrays
+from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_entries, slot_free, slot_make_arrays
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.slotsets cimport slots_publish, slots_settle, slotset_new, slotset_overlap, slotset_replace
 from kvmmmu.engine.tdp cimport tdp_invalidate_roots, tdp_zap_invalid_roots
@@ -247,12 +247,26 @@ cdef inline int region_delete(Vm *vm, Region *r, Work *w, Slot *old) noexcept no
     return ERR_NONE
 
 
+cdef inline bint slot_is_mapped(const Slot *slot) noexcept nogil:
+    """Some spte maps a page of the slot."""
+    cdef uint64_t i
+    cdef int level
+    for level in range(LEVEL_4K, LEVEL_1G + 1):
+        if slot.rmap[level - 1] != NULL:
+            for i in range(slot_entries(slot, level)):
+                if slot.rmap[level - 1][i]:
+                    return True
+    return False
+
+
 cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogil:
     cdef int as_id = old.as_id
     cdef Slot *slot
     cdef bint made_dirty = False
     cdef bint ok
     cdef bint beyond = (r.gpa >> 12) + old.npages - 1 > vm_max_gfn(vm)
+    if vm.switches.era & ERA_ZAP_AT_ONCE and slot_is_mapped(old):
+        return region_refuse(r, ERR_FAULT, WHY_LIVE_SPTES, old.id)
     if not work_invalidate(vm, w, old):
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     if beyond:

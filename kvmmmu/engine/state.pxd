@@ -137,6 +137,7 @@ cdef enum:
     WHY_BACKING
     WHY_NO_FRAMES
     WHY_CLOSED
+    WHY_LIVE_SPTES
 
 cdef struct Region:
     # The arguments of KVM_SET_USER_MEMORY_REGION and what came of them.
@@ -303,6 +304,7 @@ cdef enum:
     VSTAT_MMIO_SLOW
     VSTAT_SLOT_SEARCH
     VSTAT_GUEST_WALK
+    VSTAT_MMIO_REFILL     # of the hits on an mmio spte: a flush had emptied the record of the last page
     VCPU_STATS
 
 # ---- vCPUs ------------------------------------------------------------------

@@ -50,8 +50,6 @@ cdef inline int sync_spte(Vcpu *vcpu, const ShadowPage *sp, uint64_t index, uint
     access = gpte_clean_access(sp, p.format, gpte)
     spte = spte_read(sptep)
     if spte_is_mmio(&vm.masks, spte):
-        if vm.switches.era & ERA_MMIO_SURVIVES:
-            return 0
         if mmio_spte_gfn(&vm.masks, spte) != gfn:
             spte_write(sptep, 0)
         else:
@@ -78,6 +76,7 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
     cdef uint32_t ignored = (ROLE_LEVEL_MASK | ROLE_ACCESS_MASK | ROLE_QUADRANT_MASK | ROLE_PASSTHROUGH)
     cdef int i, flush = 0
     cdef bint empty = True
+    cdef uint64_t spte
     cdef uint8_t *host
     if vm.switches.era & ERA_LOOKUP_SYNCS:
         # Linux 3.1 compares the size of the guest's entries alone.
@@ -85,7 +84,8 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
     if (sp.role ^ vcpu.root_role) & ~ignored:
         return -1
     for i in range(ENTRIES):
-        if spte_read(spte_at(vm, base + <uint64_t>i)) == 0:
+        spte = spte_read(spte_at(vm, base + <uint64_t>i))
+        if spte == 0 or vm.switches.era & ERA_MMIO_SURVIVES and spte_is_mmio(&vm.masks, spte):
             continue
         host = guest_host(vcpu, page_gpte_gpa(sp, i, vcpu.guest.format))
         if host == NULL:

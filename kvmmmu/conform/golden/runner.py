@@ -27,7 +27,7 @@ __all__ = ["Machine", "Tally", "check", "compare"]
 
 _SCRIPTS = "scripts.tar.xz"
 _NOISE = frozenset({"vm.remote_tlb_flush", "vm.max_mmu_rmap_size", "vm.max_mmu_page_hash_collisions"})
-_OWN = frozenset({"mmio_cache_hit", "mmio_spte_hit", "mmio_slow", "slot_search", "guest_walk"})
+_OWN = frozenset({"mmio_cache_hit", "mmio_spte_hit", "mmio_slow", "slot_search", "guest_walk", "mmio_refill"})
 
 
 class Machine:
