@@ -4,7 +4,7 @@
 from libc.stdint cimport int16_t, int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gfn
-from kvmmmu.bits.paging cimport Paging
+from kvmmmu.bits.paging cimport FMT_32, Paging
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_pfn, spte_present
 from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host
 from kvmmmu.engine.leaf cimport leaf_make, leaf_mark_mmio
@@ -77,7 +77,8 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
     cdef int i, flush = 0
     cdef bint empty = True
     cdef uint64_t spte
-    cdef uint8_t *host
+    cdef int size = 2 if vcpu.guest.format == FMT_32 else 3
+    cdef uint8_t *host = NULL
     if vm.switches.era & ERA_LOOKUP_SYNCS:
         # Linux 3.1 compares the size of the guest's entries alone.
         ignored = ~ROLE_4BYTE_GPTE
@@ -87,10 +88,12 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
         spte = spte_read(spte_at(vm, base + <uint64_t>i))
         if spte == 0 or vm.switches.era & ERA_MMIO_SURVIVES and spte_is_mmio(&vm.masks, spte):
             continue
-        host = guest_host(vcpu, page_gpte_gpa(sp, i, vcpu.guest.format))
         if host == NULL:
-            return -1
-        flush |= sync_spte(vcpu, sp, base + <uint64_t>i, gpte_load(vcpu.guest.format, host))
+            # The guest's entries stand in one page: its slot is looked for once.
+            host = guest_host(vcpu, page_gpte_gpa(sp, 0, vcpu.guest.format))
+            if host == NULL:
+                return -1
+        flush |= sync_spte(vcpu, sp, base + <uint64_t>i, gpte_load(vcpu.guest.format, host + (i << size)))
         empty &= spte_read(spte_at(vm, base + <uint64_t>i)) == 0
     return -1 if empty and vm.switches.era & ERA_SYNC_EMPTY_ZAPS else flush
 
