@@ -123,6 +123,14 @@ cdef inline void protect_pages_of(Vm *vm, Slot *slot) noexcept nogil:
     flush_remote_tlbs(vm)
 
 
+cdef inline void slot_unchanged(Vm *vm, Slot *slot) noexcept nogil:
+    """A call that changed nothing: Linux 3.1 commits it all the same, and that write-protects."""
+    if vm.switches.era & ERA_LOG_WHOLE_SLOT:
+        mmu_write_lock(vm)
+        protect_pages_of(vm, slot)
+        mmu_write_unlock(vm)
+
+
 cdef inline void slot_logging_changed(Vm *vm, Slot *slot, uint32_t old_flags) noexcept nogil:
     """The log of an existing slot was switched on or off; read-only slots have none."""
     cdef bint was = (old_flags & MEM_LOG_DIRTY_PAGES) != 0

@@ -9,12 +9,12 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.dirty cimport INITIALLY_SET, protect_pages_of, slot_logging_changed
+from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed, slot_unchanged
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
 from kvmmmu.engine.hooks cimport POINT_SLOT_INVALID, POINT_SLOT_ZAPPED, hook
-from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_entries, slot_free, slot_make_arrays
+from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_is_mapped, slot_make_arrays
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.slotsets cimport slots_publish, slots_settle, slotset_new, slotset_overlap, slotset_replace
 from kvmmmu.engine.tdp cimport tdp_invalidate_roots, tdp_zap_invalid_roots
@@ -247,18 +247,6 @@ cdef inline int region_delete(Vm *vm, Region *r, Work *w, Slot *old) noexcept no
     return ERR_NONE
 
 
-cdef inline bint slot_is_mapped(const Slot *slot) noexcept nogil:
-    """Some spte maps a page of the slot."""
-    cdef uint64_t i
-    cdef int level
-    for level in range(LEVEL_4K, LEVEL_1G + 1):
-        if slot.rmap[level - 1] != NULL:
-            for i in range(slot_entries(slot, level)):
-                if slot.rmap[level - 1][i]:
-                    return True
-    return False
-
-
 cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogil:
     cdef int as_id = old.as_id
     cdef Slot *slot
@@ -362,11 +350,8 @@ cdef inline int region_apply(Vm *vm, Region *r) noexcept nogil:
         if old != NULL and r.size:
             r.size = old.npages << 12
     err = region_check(vm, r, old)
-    if err == ERR_NONE and r.change == CHANGE_NONE and vm.switches.era & ERA_LOG_WHOLE_SLOT:
-        # Linux 3.1 commits even what changes nothing, and that write-protects.
-        mmu_write_lock(vm)
-        protect_pages_of(vm, old)
-        mmu_write_unlock(vm)
+    if err == ERR_NONE and r.change == CHANGE_NONE:
+        slot_unchanged(vm, old)
     if err != ERR_NONE or r.change == CHANGE_NONE:
         return err
     w.plan.map = NULL
