@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import Final, Literal, SupportsIndex, get_args
 
+from kvmmmu._arguments import index_in
 from kvmmmu.constants import TABLE
 from kvmmmu.errors import ArgumentError
 
@@ -14,6 +15,9 @@ MmioScheme = Literal["off", "zap_all", "generation", "unguarded"]
 
 #: The engine's numbers for the schemes (MMIO_*).
 MMIO_SCHEMES: Final = MappingProxyType({"off": 0, "zap_all": 1, "generation": 2, "unguarded": 3})
+
+#: kvm.nx_huge_pages_recovery_ratio as Linux 6.1 sets it.
+RECOVERY_RATIO: Final = 60
 
 #: Decisions that kernels of 2011 take otherwise: what each switch turns on.  The engine reads them as bits ``ERA_*``.
 SWITCHES: Final = MappingProxyType(
@@ -92,6 +96,8 @@ class Behaviour:
         EPT and NPT tables belong to the TDP MMU rather than to the shadow MMU's direct pages.
     nx_huge_pages : bool, optional
         Huge mappings are not executable (the iTLB multihit mitigation).
+    nx_huge_pages_recovery_ratio : int
+        One in how many of the tables that this costs a period of recovery zaps; 0 none.
     switches : bool
         Any of ``kvmmmu.behaviour.SWITCHES``, each on or off whatever the profile says.
 
@@ -110,6 +116,7 @@ class Behaviour:
     mmio_scheme: MmioScheme
     tdp_mmu: bool
     nx_huge_pages: bool
+    nx_huge_pages_recovery_ratio: int
     switches: frozenset[str]
 
     def __init__(
@@ -119,6 +126,7 @@ class Behaviour:
         mmio_scheme: MmioScheme | None = None,
         tdp_mmu: bool | None = None,
         nx_huge_pages: bool | None = None,
+        nx_huge_pages_recovery_ratio: SupportsIndex = RECOVERY_RATIO,
         **switches: bool,
     ) -> None:
         if profile not in _PROFILES:
@@ -139,11 +147,13 @@ class Behaviour:
         # A host has one mask: naming one of them replaces the profile's.
         if switches.get("mmio_wide") and not switches.get("mmio_constant"):
             on -= {"mmio_constant"}
+        ratio = index_in("nx_huge_pages_recovery_ratio", nx_huge_pages_recovery_ratio, 0, 2**32 - 1)
         set_ = object.__setattr__
         set_(self, "profile", profile)
         set_(self, "mmio_scheme", scheme)
         set_(self, "tdp_mmu", tdp if tdp_mmu is None else tdp_mmu)
         set_(self, "nx_huge_pages", bool(nx_huge_pages))
+        set_(self, "nx_huge_pages_recovery_ratio", ratio)
         set_(self, "switches", frozenset(on))
 
     @property
@@ -164,11 +174,13 @@ class Behaviour:
             mmio_scheme=self.mmio_scheme if mmio_scheme is None else mmio_scheme,
             tdp_mmu=self.tdp_mmu if tdp_mmu is None else tdp_mmu,
             nx_huge_pages=self.nx_huge_pages if nx_huge_pages is None else nx_huge_pages,
+            nx_huge_pages_recovery_ratio=self.nx_huge_pages_recovery_ratio,
             **{name: name in self.switches for name in SWITCHES},
         )
 
     def _key(self) -> tuple[object, ...]:
-        return self.profile, self.mmio_scheme, self.tdp_mmu, self.nx_huge_pages, self.switches
+        ratio = self.nx_huge_pages_recovery_ratio
+        return self.profile, self.mmio_scheme, self.tdp_mmu, self.nx_huge_pages, ratio, self.switches
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Behaviour cannot be changed: {name}")
@@ -184,5 +196,6 @@ class Behaviour:
         off = "".join(f", {name}=False" for name in sorted(_PROFILES[self.profile][2] - self.switches))
         return (
             f"Behaviour({self.profile!r}, mmio_scheme={self.mmio_scheme!r}, tdp_mmu={self.tdp_mmu}, "
-            f"nx_huge_pages={self.nx_huge_pages}{on}{off})"
+            f"nx_huge_pages={self.nx_huge_pages}, "
+            f"nx_huge_pages_recovery_ratio={self.nx_huge_pages_recovery_ratio}{on}{off})"
         )

@@ -49,6 +49,10 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
     out.outcome = OUTCOME_PF
     out.error_code = code
     vcpu.written_times = 0
+    if vcpu.guest_mode:
+        # A nested page fault: an exit to L1, no exception of the guest that runs.
+        out.error_code = code | PFERR_GUEST_FINAL
+        return
     if (code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT
             and not vcpu.vm.switches.era & ERA_FAULT_KEEPS):
         tlb_flush_gva(vcpu, gva)

@@ -209,6 +209,8 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
     vcpu.stats[<int>VSTAT_GUEST_WALK] += 1
     if p.format == FMT_PAE and vcpu.vm.switches.era & ERA_PDPTES_FRESH and vcpu.vm.host.amd:
         pdptes_refresh(vcpu)
+    # L1's nested tables see user accesses only.
+    access |= p.final_access
     if p.format != FMT_NONE:
         ev_pagetable_walk(vcpu.vm, vcpu.id, gva, access)
     access &= PFERR_WRITE | PFERR_USER | PFERR_FETCH
