@@ -5,7 +5,7 @@ What the emulator does besides moving data: it fetches the instruction by softwa
 the guest instead ("unprotect and retry"), and leaves for user space at MMIO, to be continued.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_NONE
@@ -20,6 +20,7 @@ from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_match_gpa, mmio_match_gva
 from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
+from kvmmmu.engine.roles cimport tdp_enabled
 from kvmmmu.engine.state cimport (
     Access, INSN_ADD, INSN_CMPXCHG, INSN_FETCH, INSN_LOAD, INSN_MOVS, INSN_STORE, Insn, MmioExit,
     OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT, SUBERROR_EMULATION, Slot,
@@ -35,6 +36,11 @@ cdef enum:
     STEP_DONE = 0
     STEP_FAULT = 1    # ``out`` holds the guest's fault
     STEP_EXIT = 2     # an MMIO read waits for its data
+
+cdef enum:
+    ENDED = 0
+    DECODED = 1
+    RESUME = 2        # the guest runs on from where it was
 
 cdef struct Operand:
     # One translated memory operand, in up to two pieces.
@@ -153,7 +159,8 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, last_piece(gva, insn.size), insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED,
+            insn.size if vcpu.vm.switches.era & ERA_MMIO_WHOLE else last_piece(gva, insn.size), insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT
@@ -207,7 +214,8 @@ cdef inline int emulate_operands(Vcpu *vcpu, Insn *insn, Access *out) noexcept n
     if insn.op == INSN_MOVS:
         known = ALL_ONES
     step = emulate_read(vcpu, insn, insn.src if insn.op == INSN_MOVS else insn.gva, known, &memory, out)
-    if step == STEP_FAULT and (insn.op == INSN_ADD or insn.op == INSN_CMPXCHG):
+    if (step == STEP_FAULT and (insn.op == INSN_ADD or insn.op == INSN_CMPXCHG)
+            and not vcpu.vm.switches.era & ERA_RMW_FAULT_READS):
         vcpu.walk.error_code |= PFERR_WRITE
     if step != STEP_DONE:
         return step
@@ -232,27 +240,50 @@ cdef inline void emulate_run(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil
         out.outcome = OUTCOME_OK
 
 
-cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
-    """Fetch the instruction by software.  False: it ended here."""
-    cdef uint8_t *host
+cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
+    """Linux 3.1 lets the guest try again if the address it faulted at has memory behind it, once unprotected."""
+    cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
+    cdef int64_t zapped = 0
+    if tdp_enabled(vcpu.vm):
+        return False
+    if not direct:
+        if guest_walk(vcpu, &vcpu.walk, address, user_bit(vcpu)):
+            mmu_write_lock(vcpu.vm)
+            zapped = unprotect_gfn(vcpu.vm, vcpu.id, vcpu.walk.gpa >> 12)
+            mmu_write_unlock(vcpu.vm)
+        if zapped:
+            return True
+        if not guest_walk(vcpu, &vcpu.walk, address, 0):
+            return True
+        address = vcpu.walk.gpa
+    return slot_visible(vcpu_slot(vcpu, address >> 12))
+
+
+cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, Access *out) noexcept nogil:
+    """Fetch the instruction by software: DECODED, ENDED (it ended here), or RESUME."""
+    cdef uint8_t *host = NULL
+    cdef bint fails = (vcpu.vm.switches.era & ERA_FETCH_FAULT_FAILS) != 0
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     # An event that was being delivered is forgotten once an instruction is emulated.
     vcpu.vectoring = 0
-    if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+    if guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+        host = guest_host(vcpu, vcpu.walk.gpa)
+    elif not fails:
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
         inject_guest_fault(vcpu, vcpu.rip, out)
-        return False
-    host = guest_host(vcpu, vcpu.walk.gpa)
+        return ENDED
     if host != NULL:
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, insn.code_size, bits, False)
-        return True
+        return DECODED
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
+    if fails and resume_undecoded(vcpu, address):
+        return RESUME
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, True)
     vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
     out.outcome = OUTCOME_INTERNAL_ERROR
     out.suberror = SUBERROR_EMULATION
-    return False
+    return ENDED
 
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
@@ -262,7 +293,7 @@ cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     vcpu.retry_rip = 0
     vcpu.retry_address = 0
     out.path = PATH_EMULATED
-    decode(vcpu, insn, out)
+    decode(vcpu, insn, 0, out)
 
 
 cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, bint allowed) noexcept nogil:
@@ -274,6 +305,8 @@ cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, b
     cdef uint64_t gpa = address
     vcpu.retry_rip = 0
     vcpu.retry_address = 0
+    if vcpu.vm.switches.era & ERA_NO_RETRY:
+        return False
     if not allowed or insn.op == INSN_STORE or insn.op == INSN_CMPXCHG:
         return False
     if rip == vcpu.rip and last == address:
@@ -296,7 +329,7 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     ``out.outcome`` MMIO with ``wants_data``: put the bytes into ``read_data`` and call
     ``insn_continue``.  MMIO writes are listed in ``exits`` and need nothing.
     """
-    cdef int fault, result
+    cdef int fault, result, decoded
     cdef uint64_t here = 0, known = ALL_ONES, address
     cdef bint cached
     cdef Operand code
@@ -333,9 +366,10 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
                 cached = mmio_match_gpa(vcpu, address)
             else:
                 cached = mmio_match_gva(vcpu, address)
-            if not decode(vcpu, insn, out):
+            decoded = decode(vcpu, insn, here, out)
+            if decoded == ENDED:
                 return
-            if not retry_instead(vcpu, insn, address, not cached and not vcpu.mmio_hit):
+            if decoded == DECODED and not retry_instead(vcpu, insn, address, not cached and not vcpu.mmio_hit):
                 emulate_run(vcpu, insn, out)
                 return
 
