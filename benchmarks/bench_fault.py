@@ -33,6 +33,8 @@ WRITE, USER, GUEST_FINAL = 2, 4, 1 << 32
 
 @pytest.fixture(scope="module")
 def machine_kernels(build_pyx: Callable[[str], ModuleType]) -> ModuleType:
+    if not (Path(km.__file__).parent / "engine" / "state.pxd").is_file():
+        pytest.skip("needs a checkout: the engine's rooms are not part of a wheel")
     return build_pyx("fault_kernels")
 
 

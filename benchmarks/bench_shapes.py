@@ -153,17 +153,18 @@ def bench_unusual(against: Any, compile_c: Callable[[str], ctypes.CDLL], unusual
     assert share == 1 if unusual == "large pages" else 0.05 < share < 0.15
 
 
+@pytest.mark.parametrize("tlb", ["TLB", "no TLB"])
 @pytest.mark.parametrize("mmu", ["shadow", "ept", "npt"])
 @pytest.mark.benchmark(group="accesses to RAM that do not exit, beside translations of the same addresses")
-def bench_ram_hits(against: Any, case: Callable[..., Case], mmu: str) -> None:
-    span = 16 << 20
+def bench_ram_hits(against: Any, mmu: str, tlb: str) -> None:
+    span = 4 << 20  # 1,024 pages: the second level holds them
     ram = refs.aligned(64 << 20)
     frames = np.random.default_rng(1).permutation(span // 4096).tolist()
     pairs = [(page * 4096, (32 << 20) + frame * 4096) for page, frame in enumerate(frames)]
     refs.map_pages(ram.view(np.uint64), ROOT, 0x2000, pairs)
     vm = km.VM(mmu)  # type: ignore[arg-type]
     vm.memslots.create(gpa=0, memory=ram)
-    vcpu = vm.create_vcpu()
+    vcpu = vm.create_vcpu(tlb=km.Tlb() if tlb == "TLB" else None)
     vcpu.set_sregs(**refs.LONG_MODE, cr3=ROOT)
     paging = km.Paging(**refs.LONG_MODE, cr3=ROOT, memory=ram)
     gvas = np.random.default_rng(2).integers(0, span, N, np.uint64)

@@ -24,6 +24,7 @@ CALLS = {
     "translate_one": "translate_one(gva)",
     "access": "access(gva, 'w', cpl=0)",
     "access, defaults": "access(gva)",
+    "access, TLB": "access_tlb(gva, 'w', cpl=0)",
 }
 
 
@@ -35,13 +36,19 @@ def names() -> dict[str, object]:
     paging = km.Paging(**refs.LONG_MODE, cr3=ROOT, cpu=km.GuestCpu(maxphyaddr=46), memory=memory)
     vm = km.VM("shadow")
     vm.memslots.create(gpa=0, memory=memory)
-    vcpu = vm.create_vcpu()
-    vcpu.set_sregs(**refs.LONG_MODE, cr3=ROOT)
-    vcpu.access(GVA, "w", cpl=0)
+    vcpu, cached = vm.create_vcpu(), vm.create_vcpu(tlb=km.Tlb())
+    for each in (vcpu, cached):
+        each.set_sregs(**refs.LONG_MODE, cr3=ROOT)
+        each.access(GVA, "w", cpl=0)
     assert paging.walk(GVA) == paging.translate_one(GVA).gpa == GPA
     again = vcpu.access(GVA, "w", cpl=0)
     assert (again.ok, again.exits, again.gpa) == (True, 0, GPA)
-    bound = {"walk": paging.walk, "translate_one": paging.translate_one, "access": vcpu.access}
+    bound = {
+        "walk": paging.walk,
+        "translate_one": paging.translate_one,
+        "access": vcpu.access,
+        "access_tlb": cached.access,
+    }
     return {"paging": paging, "gva": GVA, "text": "walk", **bound}
 
 

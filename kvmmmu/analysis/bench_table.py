@@ -19,8 +19,9 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
     yield "; ".join(versions)
     yield _ratios(report["rows"])
     yield _goals(report["goals"])
-    for failure in report["failed"]:
-        yield f"failed: {failure['name']}: {failure['why']}"
+    for key in ("skipped", "failed"):
+        for entry in report[key]:
+            yield f"{key}: {entry['name']}: {entry['why']}"
     if "changes" in report:
         yield from _changes(report["changes"])
 

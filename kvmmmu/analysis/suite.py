@@ -26,7 +26,7 @@ __all__ = ["changes", "load", "run", "suite_directory"]
 
 SECONDS, QUICK_SECONDS = 1.0, 0.1
 PEERS = ("numpy", "unicorn", "bochscpu-python", "memprocfs", "volatility3", "Cython", "pytest-benchmark")
-_LINE = re.compile(r"::(.+) (PASSED|FAILED|ERROR|SKIPPED).*\[ *(\d+)%\]")
+_LINE = re.compile(r"::(.+) (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*)\))?.*\[ *(\d+)%\]")
 
 
 def suite_directory() -> Path:
@@ -108,7 +108,7 @@ def run(
     -------
     dict
         ``date``, ``machine``, ``compiler``, ``versions``, ``references`` (SHA-256 of the yardsticks), ``quick``,
-        ``rows``, ``failed`` (name and last lines of benchmarks that did not run), ``goals``.
+        ``rows``, ``failed`` and ``skipped`` (name of a benchmark and why), ``goals``.
 
     Raises
     ------
@@ -125,21 +125,24 @@ def run(
         command += [f"--ratios={rows}", f"--seconds={QUICK_SECONDS if quick else SECONDS}"]
         command += ["--quick"] if quick else []
         command += ["-k", only] if only else []
-        failed, output, status = _follow(command, scratch, progress)
+        failed, skipped, output, status = _follow(command, scratch, progress)
         found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    if not found and not failed:
+    if not found and not failed and not skipped:
         if status == 5:  # pytest: no tests collected
             raise ArgumentError(f"no benchmark fits {only!r}")
         raise ArgumentError(f"the suite did not run: {' '.join(output.split())[-400:]}")
-    report |= {"quick": quick, "rows": found, "failed": failed, "goals": judge(found, _cpu()[1])}
+    report |= {"quick": quick, "rows": found, "failed": failed, "skipped": skipped, "goals": judge(found, _cpu()[1])}
     return report
 
 
 def _follow(
     command: list[str], scratch: str, progress: Callable[[str, int], None]
-) -> tuple[list[dict[str, str]], str, int]:
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
-    failed, lines = [], []
+) -> tuple[list[dict[str, str]], list[dict[str, str]], str, int]:
+    # Wide enough for the reason why something was skipped.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "240"}
+    failed: list[str] = []
+    skipped: list[dict[str, str]] = []
+    lines: list[str] = []
     with subprocess.Popen(
         command, cwd=scratch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -147,14 +150,17 @@ def _follow(
         for line in process.stdout:
             lines.append(line)
             if match := _LINE.search(line):
-                progress(match[1], int(match[3]))
+                progress(match[1], int(match[4]))
                 if match[2] in ("FAILED", "ERROR"):
                     failed.append(match[1])
+                elif match[2] == "SKIPPED":
+                    skipped.append({"name": match[1], "why": match[3] or ""})
     output = "".join(lines)
     if process.returncode < 0:
         # What ran last has not said so: a peer brought the process down.
-        return [{"name": "the suite", "why": f"ended by signal {-process.returncode}"}], output, process.returncode
-    return [{"name": name, "why": _why(name, output)} for name in failed], output, process.returncode
+        broken = [{"name": "the suite", "why": f"ended by signal {-process.returncode}"}]
+        return broken, skipped, output, process.returncode
+    return [{"name": name, "why": _why(name, output)} for name in failed], skipped, output, process.returncode
 
 
 def _why(name: str, output: str) -> str:
