@@ -131,6 +131,7 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     """KVM's handler for what the processor reported; the result of ``page_fault``, or EXIT_DELIVERY_EV."""
     cdef uint64_t address = gva, code = vcpu.nested.error_code
     guest_leave(vcpu)
+    hook(vcpu, POINT_EXIT)
     if fault == FAULT_PF or fault == FAULT_NPF:
         code = reported_code(vcpu, code)
     if fault != FAULT_PF:
@@ -279,7 +280,6 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
             return
         out.exits += 1
         out.path = PATH_FAULT
-        hook(vcpu, POINT_EXIT)
         result = handle_exit(vcpu, fault, here, &known_gpa)
         if exit_ends(vcpu, result, here, out):
             return

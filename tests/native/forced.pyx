@@ -4,7 +4,7 @@
 from libc.stdio cimport printf
 from libc.string cimport memset, strcmp
 from kvmmmu.engine.hooks cimport *
-from kvmmmu.engine.state cimport MMU_SHADOW
+from kvmmmu.engine.state cimport MMU_EPT, MMU_SHADOW
 from turns cimport *
 from world cimport *
 from cases_walk cimport *
@@ -41,7 +41,30 @@ cdef void cases_list(Cases *c) noexcept nogil:
     """One line a case; the tests read the names here."""
     case_add(c, b"c1_empty_to_present", c1_empty_to_present, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c1_old_value", c1_old_value, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c2_empty_to_mmio", c2_empty_to_mmio, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c2_old_value", c2_old_value, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c3_link", c3_link, MMU_SHADOW, False, MUTANT_LINK_EARLY, 0)
+    case_add(c, b"c3_before_link", c3_before_link, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c4_freer_waits", c4_freer_waits, MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
+    case_add(c, b"c4_empty_seen", c4_empty_seen, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c5_mmio_to_empty", c5_mmio_to_empty, MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
+    case_add(c, b"c5_empty_seen", c5_empty_seen, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c6_slot_created", c6_slot_created, MMU_SHADOW, False, MUTANT_NO_IN_PROGRESS, MUTANT_NO_SYNC)
+    case_add(c, b"c6_after_update", c6_after_update, MMU_SHADOW, False, MUTANT_NO_SYNC, 0)
+    case_add(c, b"c6_generation", c6_generation, MMU_SHADOW, False, MUTANT_NO_GENERATION, 0)
+    case_add(c, b"c7_slot_deleted", c7_slot_deleted, MMU_SHADOW, False, MUTANT_NO_SYNC, 0)
+    case_add(c, b"c8_new_generation", c8_new_generation, MMU_SHADOW, False, MUTANT_SECOND_READ, 0)
+    case_add(c, b"c9_both_give_write", c9_both_give_write, MMU_EPT, True, 0, 0)
+    case_add(c, b"c9_zapped_meanwhile", c9_zapped_meanwhile, MMU_EPT, True, MUTANT_PLAIN_STORE, 0)
+    case_add(c, b"c10_processor_sets_bits", c10_processor_sets_bits, MMU_SHADOW, False, MUTANT_NO_DRAIN, 0)
+    case_add(c, b"c11_page_unlinked", c11_page_unlinked, MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
+    case_add(c, b"c11_empty_seen", c11_empty_seen, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"c12_collapse", c12_collapse, MMU_EPT, True, 0, 0)
+    case_add(c, b"c12_old_table", c12_old_table, MMU_EPT, True, MUTANT_NO_DRAIN, 0)
+    case_add(c, b"c13_split", c13_split, MMU_EPT, True, 0, 0)
+    case_add(c, b"c14_other_table", c14_other_table, MMU_SHADOW, False, MUTANT_NO_DRAIN, 0)
+    case_add(c, b"r7_zapped_before_walk", r7_zapped_before_walk, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"r7_remapped_before_walk", r7_remapped_before_walk, MMU_SHADOW, False, 0, 0)
 
 
 cdef int case_run(const Case *it, bint points) noexcept nogil:
