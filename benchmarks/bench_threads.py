@@ -3,7 +3,7 @@
     python benchmarks/bench_threads.py [--rounds N]
 
 The control does the same work in the same two threads with nothing shared, so that it meets the same machine, however
-busy that is.  Contestants take turns, round after round; the best of each counts.  A batch releases the interpreter, and
+busy that is.  Contestants take turns, round after round; the best of each counts.  A batch releases the interpreter;
 its time is its thread's own CPU time: waiting for a lock is spinning here, so it is counted too.
 """
 
