@@ -29,6 +29,7 @@ from kvmmmu.engine.zap cimport unprotect_gfn
 
 cdef enum:
     MAX_EXITS = 64   # of one access; real progress needs far fewer
+    FEW_EXITS = 8    # so many need no look at who else is there
 
 
 cdef inline uint64_t ept_error_code(uint64_t qualification) noexcept nogil:
@@ -174,14 +175,22 @@ cdef inline bint exit_ends(Vcpu *vcpu, int result, uint64_t gva, Access *out) no
         out.outcome = OUTCOME_ERROR
         out.error_code = <uint64_t>(-result)
         return True
-    if out.exits >= MAX_EXITS and result != RET_PF_EMULATE:
-        # Another thread may undo what the handler did, or hold it up: then only give it time.
-        if out.exits < MAX_EXITS << 10 and vm_others(vcpu):
-            cpu_pause(out.exits)
-            return False
+    if out.exits > FEW_EXITS and no_progress(vcpu, out.exits) and result != RET_PF_EMULATE:
         out.outcome = OUTCOME_HANG
         return True
     return False
+
+
+cdef inline bint no_progress(Vcpu *vcpu, uint32_t exits) noexcept nogil:
+    """So many exits, and nobody else who could have undone what the handler did, or held it up."""
+    if exits == FEW_EXITS + 1:
+        vcpu.lonely_exits = 0
+    if vm_others(vcpu):
+        vcpu.lonely_exits = 0
+        cpu_pause(exits)
+    else:
+        vcpu.lonely_exits += 1
+    return exits >= MAX_EXITS and (vcpu.lonely_exits >= MAX_EXITS - FEW_EXITS or exits >= MAX_EXITS << 10)
 
 
 cdef inline bint vm_others(const Vcpu *vcpu) noexcept nogil:
