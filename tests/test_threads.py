@@ -138,35 +138,40 @@ def test_each_vcpu_reads_back_what_it_stored_while_others_fault(crowd: Crowd) ->
     together(*(lambda vcpu=vcpu, n=n: guest(vcpu, n) for n, vcpu in enumerate(crowd.vcpus)))
 
 
-def test_a_vcpu_is_one_threads_at_a_time_and_a_vm_with_a_running_one_is_not_closed() -> None:
+def refused_while_running() -> set[type[Exception]]:
+    """What a second thread gets that uses the vCPU, then closes the VM; the batch may end in between."""
     crowd = Crowd("shadow", 1)
     gvas = np.full(400_000, GVA, np.uint64)
-    started = threading.Event()
-    seen: list[type[Exception]] = []
+    seen: set[type[Exception]] = set()
 
     def batch() -> None:
-        started.set()
-        crowd.vcpu.access_many(gvas, "r")
-
-    def others() -> None:
-        started.wait()
-        for action in (lambda: crowd.vcpu.access(GVA), crowd.vm.close) * 50:
+        # Until the other's own single access is over.
+        while True:
             try:
-                action()
-            except (VCpuBusyError, VmBusyError) as error:
-                seen.append(type(error))
-                if len(set(seen)) == 2:
-                    return
-            except km.VmClosedError:
+                crowd.vcpu.access_many(gvas, "r")
                 return
+            except VCpuBusyError:
+                pass
 
     thread = threading.Thread(target=batch)
     thread.start()
-    others()
+    while thread.is_alive() and not seen:
+        try:
+            crowd.vcpu.access(GVA)
+        except VCpuBusyError as error:
+            seen.add(type(error))
+            try:
+                crowd.vm.close()
+            except VmBusyError as why:
+                seen.add(type(why))
     thread.join()
-    # The batch takes tens of milliseconds: both refusals are met while it runs.
-    assert set(seen) == {VCpuBusyError, VmBusyError}
-    assert crowd.vcpu.access(GVA).outcome is Outcome.OK
+    if not crowd.vm.closed:
+        assert crowd.vcpu.access(GVA).outcome is Outcome.OK
+    return seen
+
+
+def test_a_vcpu_is_one_threads_at_a_time_and_a_vm_with_a_running_one_is_not_closed() -> None:
+    assert any(refused_while_running() == {VCpuBusyError, VmBusyError} for _ in range(20))
 
 
 def test_a_vm_may_be_used_by_any_thread_and_closed_only_once() -> None:
