@@ -520,6 +520,24 @@ cdef inline int c14_other_table(World *w) noexcept nogil:
     return 0
 
 
+cdef inline int c29_request_follows_invalidation(World *w) noexcept nogil:
+    """Roots are invalid before vCPUs are asked to drop them: who serves the request at once finds them so.
+
+    The other way round a vCPU would look, find nothing, and fault for ever in a root that turns invalid after.
+    """
+    map_gva(w, GVA, DATA)
+    extra_create(w, 0)
+    world_access(w.vcpu[0], GVA, 0)
+    touches(w, R, 0, GVA, 0)
+    turns_thread(W, delete_main, w)
+    if turns_step(W, POINT_ROOTS_REQUESTED) or turns_step(R, POINT_LOCK_WAIT) or turns_step(W, POINT_SLOT_ZAPPED):
+        return 1
+    if turns_step(R, POINT_END) or turns_step(W, POINT_END):
+        return 1
+    expect(w, w.toucher[R].a.outcome == OUTCOME_OK, b"a new root serves the access")
+    return 0
+
+
 cdef inline int r7_zapped_before_walk(World *w) noexcept nogil:
     """Review remark 7: another CPU zaps the table between the processor's fault and KVM's walk: retried, no bug."""
     map_gva(w, GVA, MMIO_GPA)

@@ -64,6 +64,7 @@ cdef void cases_list(Cases *c) noexcept nogil:
     case_add(c, b"c12_old_table", c12_old_table, MMU_EPT, True, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c13_split", c13_split, MMU_EPT, True, 0, 0)
     case_add(c, b"c14_other_table", c14_other_table, MMU_SHADOW, False, MUTANT_NO_DRAIN, 0)
+    case_add(c, b"c29_request_follows_invalidation", c29_request_follows_invalidation, MMU_EPT, True, 0, 0)
     case_add(c, b"r7_zapped_before_walk", r7_zapped_before_walk, MMU_SHADOW, False, 0, 0)
     case_add(c, b"r7_remapped_before_walk", r7_remapped_before_walk, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c15_page_is_not_reused", c15_page_is_not_reused, MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
