@@ -1,6 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The door: owns memory, binds the engine to Python and C, checks every argument once."""
 
+import os
+
 # ---- sptes and constants
 cimport cython
 from libc.string cimport memset
@@ -211,7 +213,9 @@ from kvmmmu.bits.paging cimport (
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
-from kvmmmu.engine.batch cimport BATCH_RING, translate_many
+from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
+from kvmmmu.engine.choose cimport batch_kernel
+from kvmmmu.engine.gather cimport gather_here
 from kvmmmu.engine.translate cimport mappings_next, mappings_tables, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
@@ -289,6 +293,12 @@ cdef class WalkColumn:
             PyBuffer_Release(&self.view)
 
 
+KERNELS = ("walk", "ring", "gather")
+cdef int CHOSEN_KERNEL = batch_kernel()
+if os.environ.get("KVMMMU_KERNEL") in KERNELS[:2] or os.environ.get("KVMMMU_KERNEL") == "gather" and gather_here():
+    CHOSEN_KERNEL = KERNELS.index(os.environ["KVMMMU_KERNEL"])
+
+
 cdef class PagingCore(TablesHandle):
     """Tables in plain memory: owns the buffers' exports and the area map (see ``kvmmmu.paging``)."""
 
@@ -360,7 +370,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.guest = &self.paging
         self.tables.host = &self.host
         self.tables.map = &self.map
-        self.tables.kernel = BATCH_RING
+        self.tables.kernel = CHOSEN_KERNEL
         self.handle = <kvmmmu_tables *>&self.tables
         self.ready = True
 
@@ -447,7 +457,7 @@ cdef class PagingCore(TablesHandle):
     @property
     def best_kernel(self):
         """The largest number that ``kernel`` may have on this processor."""
-        return BATCH_RING
+        return BATCH_GATHER if gather_here() else BATCH_RING
 
     @property
     def kernel(self):
