@@ -10,9 +10,11 @@ all for one kind of access, and what was accepted has those it needs; D in an en
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_NONE, Paging
+from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_EPT, FMT_NONE, Paging
 from kvmmmu.engine.accept cimport accept_init
 from kvmmmu.engine.gather cimport gather_rows
+from kvmmmu.engine.nested cimport nested_rows
+from kvmmmu.engine.nestedcache cimport Nested, nested_init
 from kvmmmu.engine.pdecache cimport pde_init
 from kvmmmu.engine.ring cimport ring_rows
 from kvmmmu.engine.rows cimport Batch
@@ -62,9 +64,21 @@ cdef inline void translate_many(const Paging *p, const Paging *host, const MemMa
     """Rows as ``translate_each`` gives them.  ``kernel``: BATCH_*."""
     cdef int[2] hint = [0, 0]
     cdef Batch b
-    if (kernel == BATCH_WALK or n < BATCH_LEAST or host.format != FMT_NONE or p.format == FMT_NONE
+    cdef Nested nested
+    if (kernel == BATCH_WALK or n < BATCH_LEAST or (p.format == FMT_NONE and host.format == FMT_NONE)
             or batch_overlaps(m, gvas, n, out)):
         translate_each(p, host, m, gvas, n, access, ac, set_ad, out)
+        return
+    if host.format != FMT_NONE:
+        nested_init(&nested, p, host, m, hint, access, ac, set_ad)
+        nested.guest.nothing = 0
+        nested.guest.none = host
+        nested.guest.gvas = gvas
+        nested.guest.out = out
+        if host.format == FMT_EPT:
+            nested_rows(FMT_EPT, &nested, host, n)
+        else:
+            nested_rows(FMT_64, &nested, host, n)
         return
     pde_init(&b.cache, p, m, hint, access, ac, set_ad)
     accept_init(p, access, ac, set_ad, &b.accept)
