@@ -1,4 +1,4 @@
-"""Batches beside the plain C loop, its unrolled twin and NumPy, by shape of trace and size of tables.
+"""Each kernel of batches beside the plain C loop, its unrolled twin and NumPy, by shape and size of tables.
 
 As a program it prints the table of ``docs/performance.md``: medians of ratios, each taken within one round of one
 process.  The functions above the benchmarks are plain: other suites may use them.
@@ -35,16 +35,6 @@ ENTRY = 0x67  # present, writable, user, accessed, dirty
 KERNELS = {"walk": 0, "ring": 1, "gather": 2}
 SPANS = {"L2": 64 << 20, "L3": 1 << 30, "DRAM": 64 << 30}  # whose tables are 140 KiB, 2.1 MiB and 134 MiB
 SHAPES = ("64 a page", "new page", "random")
-GOALS = {
-    ("L2", "64 a page"): 8.0,
-    ("L2", "new page"): 3.0,
-    ("L2", "random"): 2.7,
-    ("L3", "random"): 5.0,
-    ("DRAM", "random"): 4.0,
-}
-GOALS_GATHER = {("L2", "new page"): 3.5, ("L2", "random"): 3.5}
-GOAL_ODD, GOAL_NESTED, GOAL_NUMPY, GOAL_NUMPY_DRAM = 2.0, 4.0, 4.0, 2.0
-
 Words = npt.NDArray[np.uint64]
 Work = Callable[[], None]
 
@@ -121,7 +111,7 @@ def calls(gvas: Words) -> list[Words]:
 def contestants(
     library: ctypes.CDLL, memory: npt.NDArray[np.uint8], gvas: Words, kernels: list[str], *, numpy: bool = False
 ) -> dict[str, Work]:
-    """A user's writes with A and D checked, by each contestant; all rows were compared before this returns."""
+    """A user's writes by each contestant; all rows were compared before this returns."""
     paging = km.Paging(**refs.LONG_MODE, cr3=ROOT, cpu=km.GuestCpu(maxphyaddr=46), memory=memory)
     reference = refs.Paging.long_mode(ROOT, 46)
     areas = refs.Memory.of((0, len(memory) - 1, memory.ctypes.data))
@@ -131,13 +121,13 @@ def contestants(
 
     def c_loop(function: Any, part: Words) -> None:
         function(
-            *arguments, refs.pointer(part), ctypes.c_size_t(len(part)), ctypes.c_uint64(WRITE | USER), 1,
+            *arguments, refs.pointer(part), ctypes.c_size_t(len(part)), ctypes.c_uint64(WRITE | USER),
             refs.pointer(other),
         )  # fmt: skip
 
     def kernel(name: str, part: Words) -> None:
         paging.kernel = KERNELS[name]
-        paging.translate_into(part, own, "w", 3, False, False, True)
+        paging.translate_into(part, own, "w", 3, False, False, False)
 
     rounds: dict[str, Callable[[Words], None]] = {
         "c": lambda part: c_loop(library.ref_translate, part),
@@ -214,29 +204,13 @@ def kernels_here() -> list[str]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("where", ["L2", "L3"])
-@pytest.mark.benchmark(group="batch")
-def bench_shapes(against: Callable[..., None], compile_c: Callable[[str], ctypes.CDLL], where: str, shape: str) -> None:
+@pytest.mark.benchmark(group="batch kernels, 8,192 at once")
+def bench_kernels(
+    against: Callable[..., None], compile_c: Callable[[str], ctypes.CDLL], where: str, shape: str
+) -> None:
     gvas = trace(shape, SPANS[where], 8 * ROWS)
     work = contestants(compile_c("ref_walk.c"), tables(SPANS[where]), gvas, kernels_here(), numpy=True)
     against(work.pop(kernels_here()[-1]), items=len(gvas), **work)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("what", ["large", "absent"])
-@pytest.mark.benchmark(group="batch, not all plain")
-def bench_odd(against: Callable[..., None], compile_c: Callable[[str], ctypes.CDLL], what: str, shape: str) -> None:
-    gvas = trace(shape, SPANS["L2"], 8 * ROWS)
-    memory = tables(SPANS["L2"], **({"large": 1.0} if what == "large" else {"absent": 0.1}))
-    work = contestants(compile_c("ref_walk.c"), memory, gvas, kernels_here())
-    against(work.pop(kernels_here()[-1]), items=len(gvas), **work)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.benchmark(group="batch in two dimensions")
-def bench_nested(against: Callable[..., None], compile_c: Callable[[str], ctypes.CDLL], shape: str) -> None:
-    gvas = trace(shape, SPANS["L2"], 4 * ROWS)
-    work = nested_contestants(compile_c("ref_walk.c"), gvas, ["ring"])
-    against(work.pop("ring"), items=len(gvas), **work)
 
 
 def _line(name: str, found: dict[str, tuple[float, float, float]]) -> None:

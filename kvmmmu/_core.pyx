@@ -201,7 +201,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.exc cimport PyErr_Clear
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 
 from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
@@ -213,16 +214,36 @@ from kvmmmu.bits.paging cimport (
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
+from kvmmmu.engine.quick cimport Quick
+from kvmmmu.engine.single cimport single_flat, single_gpa, single_walk
 from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
 from kvmmmu.engine.choose cimport batch_kernel
 from kvmmmu.engine.gather cimport gather_here
-from kvmmmu.engine.translate cimport mappings_next, mappings_tables, walk_any
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_done, translate_proper, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
+from kvmmmu.outcome import Fault as _Fault, Rights as _Rights
+
+FAULTS = tuple(_Fault)
+RIGHTS = tuple(map(_Rights, range(8)))
+
+cdef extern from "Python.h":
+    # Without Cython's own check behind it: the caller looks for an error where there can be one.
+    uint64_t raw_word "PyLong_AsUnsignedLongLong" (object) noexcept
 
 
-cdef uint64_t word_arg(object value, str name) except? 0:
+cdef inline uint64_t word_arg(object value, str name) except? 0:
     """An integer in 0..2^64-1, or an error that names the argument."""
+    cdef uint64_t word
+    if PyLong_CheckExact(value):
+        word = raw_word(value)
+        if word != ALL_ONES:
+            return word
+        PyErr_Clear()
+    return word_checked(value, name)
+
+
+cdef uint64_t word_checked(object value, str name) except? 0:
     try:
         value = PyNumber_Index(value)
     except TypeError:
@@ -237,6 +258,8 @@ cdef int small_arg(object value, str name, int low, int high) except? -1:
     """An integer in low..high, or an error that names the argument."""
     cdef int overflow = 0
     cdef long n
+    if value is 0 and low <= 0:
+        return 0
     if not PyLong_Check(value):
         try:
             value = PyNumber_Index(value)
@@ -248,13 +271,13 @@ cdef int small_arg(object value, str name, int low, int high) except? -1:
     return <int>n
 
 
-cdef uint64_t access_arg(object access, object cpl, bint implicit) except? 0:
+cdef inline uint64_t access_arg(object access, object cpl, bint implicit) except 1:
     """PFERR_* bits of "r", "w" or "x" at a privilege level."""
     cdef uint64_t bits
     cdef int ring = small_arg(cpl, "cpl", 0, 3)
-    if access == "r":
+    if access is "r" or access == "r":
         bits = 0
-    elif access == "w":
+    elif access is "w" or access == "w":
         bits = PFERR_WRITE
     elif access == "x":
         bits = PFERR_FETCH
@@ -293,6 +316,79 @@ cdef class WalkColumn:
             PyBuffer_Release(&self.view)
 
 
+@cython.final
+@cython.freelist(64)
+cdef class TranslationRow:
+    """One translation, as a row of ``Paging.translate``.
+
+    Attributes
+    ----------
+    gva : int
+    gpa : int or None
+        The address in memory; None on a fault.
+    fault : Fault
+    error_code : int
+        Of #PF; the exit qualification of an EPT violation; EXITINFO1 of a nested page fault.
+    fault_gpa : int
+        The guest-physical address that a second dimension refused.
+    entry, level : int
+        The last entry read, and the level it stands at.
+    page_shift : int
+        log2 of the page size, 0 on a fault.
+    rights : Rights
+        What the entries permit together.
+    """
+
+    cdef Translation t
+
+    @property
+    def gva(self):
+        return self.t.gva
+
+    @property
+    def gpa(self):
+        return None if self.t.fault else self.t.gpa
+
+    @property
+    def fault(self):
+        return FAULTS[self.t.fault]
+
+    @property
+    def ok(self):
+        return self.t.fault == 0
+
+    @property
+    def error_code(self):
+        return self.t.error_code
+
+    @property
+    def fault_gpa(self):
+        return self.t.fault_gpa
+
+    @property
+    def entry(self):
+        return self.t.entry
+
+    @property
+    def level(self):
+        return self.t.level
+
+    @property
+    def page_shift(self):
+        return self.t.page_shift
+
+    @property
+    def rights(self):
+        return RIGHTS[self.t.access]
+
+    def __repr__(self):
+        if self.t.fault:
+            return (f"TranslationRow(gva={self.t.gva:#x}, {self.fault.name}, error_code={self.t.error_code:#x}, "
+                    f"level={self.t.level})")
+        return (f"TranslationRow(gva={self.t.gva:#x}, gpa={self.t.gpa:#x}, page_shift={self.t.page_shift}, "
+                f"{self.rights!r})")
+
+
 KERNELS = ("walk", "ring", "gather")
 cdef int CHOSEN_KERNEL = batch_kernel()
 if os.environ.get("KVMMMU_KERNEL") in KERNELS[:2] or os.environ.get("KVMMMU_KERNEL") == "gather" and gather_here():
@@ -308,6 +404,7 @@ cdef class PagingCore(TablesHandle):
     cdef int hint[2]  # a dimension each
     cdef Tables tables
     cdef bint ready
+    cdef bint flat  # one dimension of the 64-bit format, which has a walk of its own
     cdef list columns
 
     def __dealloc__(self):
@@ -372,6 +469,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.map = &self.map
         self.tables.kernel = CHOSEN_KERNEL
         self.handle = <kvmmmu_tables *>&self.tables
+        self.flat = single_flat(&self.paging, &self.host, &self.map)
         self.ready = True
 
     cdef int bind_areas(self, list areas) except -1:
@@ -416,6 +514,8 @@ cdef class PagingCore(TablesHandle):
         self.columns = found
         return 0
 
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
     def walk(self, gva, access="r", cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
         """Translate one address.
 
@@ -438,11 +538,45 @@ cdef class PagingCore(TablesHandle):
         int
             The address in memory, or -1 where the access faults (``walk_result`` tells why).
         """
-        cdef Walk w, hw
-        cdef uint64_t bits = access_arg(access, cpl, implicit)
-        if walk_any(&self.paging, &self.host, &self.map, self.hint, &w, &hw, word_arg(gva, "gva"), bits, ac, set_ad):
-            return -1
-        return w.gpa if self.host.format == FMT_NONE else hw.gpa
+        cdef uint64_t gpa = 0, bits = 0, word = word_arg(gva, "gva")
+        cdef Quick q
+        if access is not "r" or cpl is not 0 or implicit:
+            bits = access_arg(access, cpl, implicit)
+        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], word, bits, ac, set_ad, &q):
+            return <int64_t>q.gpa
+        if single_gpa(&self.paging, &self.host, &self.map, self.hint, word, bits, ac, set_ad, &gpa):
+            return gpa
+        return -1
+
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
+    @cython.embedsignature.format("clinic")
+    def translate_one(self, gva, /):
+        """Translate one address for a supervisor read, with the details.
+
+        Parameters
+        ----------
+        gva : int
+            Guest virtual address.
+
+        Returns
+        -------
+        TranslationRow
+            What a row of ``translate`` says.
+
+        Notes
+        -----
+        The fastest call there is: one argument, and a result that is cheaper to make than a large ``int``.
+        """
+        cdef TranslationRow t = TranslationRow.__new__(TranslationRow)
+        cdef Quick q
+        cdef uint64_t word = word_arg(gva, "gva")
+        t.t.gva = word
+        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], word, 0, False, False, &q):
+            translate_done(&self.paging, &q, q.gpa, &t.t)
+        else:
+            translate_proper(&self.paging, &self.host, &self.map, self.hint, word, 0, False, False, &t.t)
+        return t
 
     def translate_into(self, gvas, out, str access, cpl, bint ac, bint implicit, bint set_ad):
         """Translate a column of uint64 addresses into a column of records (``record_layouts``)."""
@@ -726,9 +860,10 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
+from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
-from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
+from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin,
+                                  vm_inside)
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
@@ -737,7 +872,7 @@ from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
 from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
                                      slots_generation, vm_slots)
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free
@@ -793,6 +928,12 @@ assert len(REGION_REASONS) == WHY_CLOSED + 1 and EVENT_DTYPE.itemsize == sizeof(
 
 cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
     """An integer of the machine, or an OverflowError that names the argument."""
+    cdef uint64_t word
+    if bits == 64 and PyLong_CheckExact(value):
+        word = raw_word(value)
+        if word != ALL_ONES:
+            return word
+        PyErr_Clear()
     try:
         number = operator.index(value)
     except TypeError:
@@ -877,10 +1018,20 @@ cdef class VmCore(VmHandle):
             raise VmClosedError("the VM was closed")
         return 0
 
+    cdef int lock_slots(self) except -1:
+        """Take slots_lock; its holder may need the interpreter, so nobody waits with it."""
+        self.check_open()
+        with nogil:
+            slots_lock(self.vm)
+        if self.closed:
+            slots_unlock(self.vm)
+            self.check_open()
+        return 0
+
     cdef int check_idle(self, str what) except -1:
         cdef int i
         for i in range(self.vm.n_vcpus):
-            if ld_u32(&self.vm.vcpus[i].busy):
+            if vcpu_busy(self.vm.vcpus[i]):
                 raise VmBusyError(f"vCPU {i} is running: {what} needs every vCPU stopped")
         return 0
 
@@ -889,15 +1040,17 @@ cdef class VmCore(VmHandle):
         cdef int runs
         if self.closed:
             return
+        self.lock_slots()
         runs = vm_close_begin(self.vm)
         if runs >= 0:
+            slots_unlock(self.vm)
             raise VmBusyError(f"vCPU {runs} is running: closing the VM needs every vCPU stopped")
         self.closed = True
-        vm_teardown(self.vm)
-        slots_lock(self.vm)
-        vm_slots_free(self.vm)
-        slots_unlock(self.vm)
-        arena_discard(&self.vm.arena)
+        with nogil:
+            vm_teardown(self.vm)
+            vm_slots_free(self.vm)
+            arena_discard(&self.vm.arena)
+            slots_unlock(self.vm)
         self.exports.clear()
 
     @property
@@ -936,13 +1089,15 @@ cdef class VmCore(VmHandle):
             r.host_writable = not export.view.readonly
             if export.view.readonly:
                 r.flags |= MEM_READONLY
-            r.token = self.next_token
-        err = vm_set_region(self.vm, &r)
-        if err == ERR_NONE and r.change == CHANGE_CREATE:
+            # Whoever sees the new slot finds its buffer.
+            r.token = fetch_add_u64(&self.next_token, 1)
             self.exports[r.token] = export
-            self.next_token += 1
+        with nogil:
+            err = vm_set_region(self.vm, &r)
+        if r.token and (err != ERR_NONE or r.change != CHANGE_CREATE):
+            self.exports.pop(r.token, None)
         if r.released:
-            del self.exports[r.released]
+            self.exports.pop(r.released, None)
         return -err, REGION_REASONS[r.why], r.detail, r.change
 
     cdef object describe(self, const Slot *s):
@@ -952,8 +1107,7 @@ cdef class VmCore(VmHandle):
     def slots(self, int as_id):
         """The slots of an address space in ascending order of gpa: (slot, gpa, size, flags, memory)."""
         cdef int i
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             return [self.describe(self.vm.slots[as_id].slot[i]) for i in range(self.vm.slots[as_id].map.n)]
         finally:
@@ -963,8 +1117,7 @@ cdef class VmCore(VmHandle):
         """The slot named by ``as_id << 16 | id``, or None."""
         cdef uint64_t number = as_word(slot, "slot")
         cdef Slot *s = NULL
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             if number >> 16 < ADDRESS_SPACES and number & 0xffff < MAX_SLOT_ID:
                 s = self.vm.slot_by_id[number >> 16][number & 0xffff]
@@ -973,24 +1126,29 @@ cdef class VmCore(VmHandle):
             slots_unlock(self.vm)
 
     def slot_count(self, int as_id):
-        self.check_open()
-        return self.vm.slots[as_id].map.n
+        self.lock_slots()
+        n = self.vm.slots[as_id].map.n
+        slots_unlock(self.vm)
+        return n
 
     def free_slot_id(self, int as_id):
-        self.check_open()
-        return slot_id_free(self.vm, as_id)
+        self.lock_slots()
+        n = slot_id_free(self.vm, as_id)
+        slots_unlock(self.vm)
+        return n
 
     def generation(self, int as_id):
-        self.check_open()
-        return slots_generation(self.vm.slots[as_id])
+        self.lock_slots()
+        n = slots_generation(self.vm.slots[as_id])
+        slots_unlock(self.vm)
+        return n
 
     def find_gfn(self, gfn, int as_id):
         """What a fault would learn of a gfn: (slot, pfn, largest page of the host, reasons against 2M, 1G) or None."""
         cdef uint64_t g = as_word(gfn, "gfn")
         cdef int hint = 0
         cdef Slot *s
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             s = slot_find(self.vm.slots[as_id], g, &hint)
             if s == NULL:
@@ -1003,8 +1161,7 @@ cdef class VmCore(VmHandle):
     def host_ranges(self):
         """Runs of host pages that slots bind: (host address, pages, first frame, users, level, writable)."""
         cdef int i
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             return [(<uint64_t>self.vm.ranges[i].host, self.vm.ranges[i].npages, self.vm.ranges[i].base_pfn,
                      self.vm.ranges[i].users, self.vm.ranges[i].max_level, bool(self.vm.ranges[i].writable))
@@ -1016,8 +1173,7 @@ cdef class VmCore(VmHandle):
         """The map of frames without the arena: (first frame, pages, host address, writable)."""
         cdef MemMap *m
         cdef int i
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             m = self.vm.hostmem
             return [(m.first[i], m.npages[i], <uint64_t>m.host[i], bool(m.writable[i])) for i in range(1, m.n)]
@@ -1040,12 +1196,13 @@ cdef class VmCore(VmHandle):
         self.check_open()
         if goal < MIN_MMU_PAGES:
             return False
-        slots_lock(self.vm)
-        mmu_write_lock(self.vm)
-        set_max_pages(self.vm, <int64_t>goal)
-        self.vm.requested_pages = <int64_t>goal
-        mmu_write_unlock(self.vm)
-        slots_unlock(self.vm)
+        self.lock_slots()
+        with nogil:
+            mmu_write_lock(self.vm)
+            set_max_pages(self.vm, <int64_t>goal)
+            self.vm.requested_pages = <int64_t>goal
+            mmu_write_unlock(self.vm)
+            slots_unlock(self.vm)
         return True
 
     def set_manual_protect(self, int bits):
@@ -1058,10 +1215,10 @@ cdef class VmCore(VmHandle):
         cdef WalkColumn words = WalkColumn.of(out, "out", 8, -1, True)
         cdef uint32_t number = <uint32_t>as_word(slot, "slot", 32)
         cdef int err
-        self.check_open()
-        slots_lock(self.vm)
-        err = dirty_get(self.vm, number, <uint64_t *>words.view.buf, <uint64_t>words.view.len // 8)
-        slots_unlock(self.vm)
+        self.lock_slots()
+        with nogil:
+            err = dirty_get(self.vm, number, <uint64_t *>words.view.buf, <uint64_t>words.view.len // 8)
+            slots_unlock(self.vm)
         return -err
 
     def dirty_clear(self, slot, first_page, npages, bits):
@@ -1075,9 +1232,10 @@ cdef class VmCore(VmHandle):
         # The words of n pages, without n + 63, which may wrap.
         if <uint64_t>words.view.len // 8 < n // 64 + (n % 64 != 0):
             raise ArgumentError(f"bits has {words.view.len // 8} words; {n} pages need {n // 64 + (n % 64 != 0)}")
-        slots_lock(self.vm)
-        err = dirty_clear(self.vm, number, first, n, <const uint64_t *>words.view.buf)
-        slots_unlock(self.vm)
+        self.lock_slots()
+        with nogil:
+            err = dirty_clear(self.vm, number, first, n, <const uint64_t *>words.view.buf)
+            slots_unlock(self.vm)
         return -err
 
     def host_pages(self, slot, first_page, npages, bint untouched):
@@ -1086,8 +1244,7 @@ cdef class VmCore(VmHandle):
         cdef uint64_t first = as_word(first_page, "first_page")
         cdef uint64_t n = as_word(npages, "npages")
         cdef Slot *s = NULL
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             if number >> 16 < ADDRESS_SPACES and number & 0xffff < MAX_SLOT_ID:
                 s = self.vm.slot_by_id[number >> 16][number & 0xffff]
@@ -1097,10 +1254,11 @@ cdef class VmCore(VmHandle):
                 raise ArgumentError(f"pages {first} .. {first + n} are outside the slot's {s.npages} pages")
             if not untouched and (<Export>self.exports[s.token]).view.readonly:
                 raise ArgumentError("the slot's memory is read-only")
-            if untouched:
-                slot_never_touched(self.vm, s, first, n)
-            else:
-                slot_dontneed(self.vm, s, first, n)
+            with nogil:
+                if untouched:
+                    slot_never_touched(self.vm, s, first, n)
+                else:
+                    slot_dontneed(self.vm, s, first, n)
         finally:
             slots_unlock(self.vm)
 
@@ -1110,23 +1268,26 @@ cdef class VmCore(VmHandle):
         cdef Py_ssize_t done = 0, now, n = len(data)
         cdef Slot *s
         cdef int hint = 0
-        self.check_open()
-        # All of it is looked at before the first byte is written.
-        while done < n:
-            s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
-            if s == NULL:
-                raise ArgumentError(f"gpa {at + <uint64_t>done:#x} is in no slot")
-            if (<Export>self.exports[s.token]).view.readonly:
-                raise ArgumentError(f"gpa {at + <uint64_t>done:#x} stands in read-only memory")
-            done += 4096 - <Py_ssize_t>((at + <uint64_t>done) & 4095)
-        done = 0
-        while done < n:
-            now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
-            s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
-            host_write(self.vm, s, (at + <uint64_t>done) >> 12)
-            memcpy(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
-                   <const char *>data + done, <size_t>now)
-            done += now
+        self.lock_slots()
+        try:
+            # All of it is looked at before the first byte is written.
+            while done < n:
+                s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
+                if s == NULL:
+                    raise ArgumentError(f"gpa {at + <uint64_t>done:#x} is in no slot")
+                if (<Export>self.exports[s.token]).view.readonly:
+                    raise ArgumentError(f"gpa {at + <uint64_t>done:#x} stands in read-only memory")
+                done += 4096 - <Py_ssize_t>((at + <uint64_t>done) & 4095)
+            done = 0
+            while done < n:
+                now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
+                s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
+                host_write(self.vm, s, (at + <uint64_t>done) >> 12)
+                guest_store(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
+                            <const char *>data + done, <unsigned>now)
+                done += now
+        finally:
+            slots_unlock(self.vm)
 
     @property
     def mmu_valid_gen(self):
@@ -1300,8 +1461,12 @@ cdef class AccessResult:
         return f"AccessResult({', '.join(parts)}, exits={self.a.exits})"
 
 
-cdef uint64_t kind_arg(object kind) except? 0:
+cdef inline uint64_t kind_arg(object kind) except 1:
     """PFERR_* bits of "r", "w", "x" or the codes 0, 1, 2."""
+    if kind is "r":
+        return 0
+    if kind is "w":
+        return PFERR_WRITE
     if kind == "r" or kind == 0:
         return 0
     if kind == "w" or kind == 1:
@@ -1316,10 +1481,12 @@ cdef class VcpuCore(VcpuHandle):
 
     cdef VmCore owner
     cdef Vcpu *vcpu
+    cdef bint alone  # of the present claim
 
     def __cinit__(self, VmCore owner not None, tuple model not None, *args):
         cdef Vm *vm = owner.vm
         cdef Vcpu *vcpu
+        cdef int born
         owner.check_open()
         self.owner = owner
         vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
@@ -1328,7 +1495,8 @@ cdef class VcpuCore(VcpuHandle):
         model_arg(&vcpu.model, model)
         if args:
             vcpu.cr4_absent, vcpu.efer_absent = args[1].absent_bits()
-        born = vcpu_birth(vm, vcpu)
+        with nogil:
+            born = vcpu_birth(vm, vcpu)
         if born != BIRTH_OK:
             free(vcpu)
         if born == BIRTH_TOO_MANY:
@@ -1348,8 +1516,11 @@ cdef class VcpuCore(VcpuHandle):
         return self.owner
 
     cdef int claim(self) except -1:
+        """Take the vCPU.  ``self.alone``: nobody else is in the engine, so the call keeps the interpreter."""
+        cdef bint alone = not vm_inside(self.vcpu.vm)
         cdef int claim = vcpu_claim(self.vcpu)
         if claim == CLAIM_OK:
+            self.alone = alone
             return 0
         if claim == CLAIM_BUSY:
             raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
@@ -1384,7 +1555,11 @@ cdef class VcpuCore(VcpuHandle):
         regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
         regs.compat = compat
         self.claim()
-        result = set_sregs(self.vcpu, &regs)
+        if self.alone:
+            result = set_sregs(self.vcpu, &regs)
+        else:
+            with nogil:
+                result = set_sregs(self.vcpu, &regs)
         self.release()
         return result == REG_OK
 
@@ -1393,7 +1568,11 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(value, "value")
         cdef int result
         self.claim()
-        result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
+        if self.alone:
+            result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
+        else:
+            with nogil:
+                result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
         self.release()
         return result == REG_OK
 
@@ -1412,13 +1591,18 @@ cdef class VcpuCore(VcpuHandle):
         """
         cdef uint64_t word = as_word(gva, "gva")
         self.claim()
-        vcpu_invlpg(self.vcpu, word)
+        if self.alone:
+            vcpu_invlpg(self.vcpu, word)
+        else:
+            with nogil:
+                vcpu_invlpg(self.vcpu, word)
         self.release()
 
     def init(self):
         """INIT the vCPU: paging off, every root dropped (what KVM on AMD does when the guest shut down)."""
         self.claim()
-        vcpu_init(self.vcpu)
+        with nogil:
+            vcpu_init(self.vcpu)
         self.release()
 
     def sync_roots(self):
@@ -1427,11 +1611,17 @@ cdef class VcpuCore(VcpuHandle):
         Nothing under EPT, NPT or without paging.
         """
         self.claim()
-        roots_sync(self.vcpu)
+        if self.alone:
+            roots_sync(self.vcpu)
+        else:
+            with nogil:
+                roots_sync(self.vcpu)
         self.release()
 
     # -- accesses
 
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
     def access(self, gva, kind="r", cpl=None, size=1, value=None, bint implicit=False):
         """Make one access as guest code would, with every fault and exit it causes.
 
@@ -1468,19 +1658,27 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t bits = kind_arg(kind)
         cdef uint8_t data[64]
         cdef uint8_t *moved = NULL
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint8_t own
+        cdef int level = -1
         cdef int n = small_arg(size, "size", 1, 64)
         if value is not None:
             if bits != PFERR_WRITE:
                 raise ArgumentError("value is given; it goes with writes only")
             store_value(data, value, n)
             moved = data
-        cdef int level = own if cpl is None else cpl_arg(cpl)
+        if cpl is not None:
+            level = cpl_arg(cpl)
         if implicit:
             bits |= PFERR_IMPLICIT
         self.claim()
-        self.vcpu.cpl = <uint8_t>level
-        vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
+        own = self.vcpu.cpl
+        if level >= 0:
+            self.vcpu.cpl = <uint8_t>level
+        if self.alone:
+            vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
+        else:
+            with nogil:
+                vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
         self.vcpu.cpl = own
         self.release()
         return result
@@ -1491,13 +1689,19 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(gva, "gva")
         cdef int n = size
         cdef uint8_t buffer[64]
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint64_t bits = PFERR_WRITE if write else 0
+        cdef uint8_t own
         memset(buffer, 0, 64)
         if write:
             buffer[:n] = <bytes>data
         self.claim()
+        own = self.vcpu.cpl
         self.vcpu.cpl = <uint8_t>cpl
-        vcpu_access(self.vcpu, word, PFERR_WRITE if write else 0, n, buffer, &result.a)
+        if self.alone:
+            vcpu_access(self.vcpu, word, bits, n, buffer, &result.a)
+        else:
+            with nogil:
+                vcpu_access(self.vcpu, word, bits, n, buffer, &result.a)
         self.vcpu.cpl = own
         self.release()
         return result, <bytes>buffer[:n]
@@ -1510,7 +1714,7 @@ cdef class VcpuCore(VcpuHandle):
         """
         cdef AccessResult result = AccessResult.__new__(AccessResult)
         cdef Insn insn
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint8_t own
         cdef int i
         cdef bytes data
         memset(&insn, 0, sizeof(insn))
@@ -1525,16 +1729,22 @@ cdef class VcpuCore(VcpuHandle):
         insn.split_rmw = split_rmw
         insn.refetch = refetch
         self.claim()
+        own = self.vcpu.cpl
         try:
             self.vcpu.cpl = <uint8_t>cpl
             self.vcpu.vectoring = <uint8_t>vectoring
-            insn_execute(self.vcpu, &insn, &result.a)
+            with nogil:
+                insn_execute(self.vcpu, &insn, &result.a)
             while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
+                # In user space: the handler may change slots, and whoever does waits for no vCPU that is there.
+                user_begin(self.vcpu.line)
                 for i in range(result.a.n_mmio):
                     data = mmio_read(result.a.mmio_gpa[i], result.a.mmio_size[i])
                     memcpy(insn.read_data + result.a.mmio_offset[i], <const char *>data,
                            min(<size_t>len(data), <size_t>result.a.mmio_size[i]))
-                insn_continue(self.vcpu, &insn, &result.a)
+                user_end(self.vcpu.line)
+                with nogil:
+                    insn_continue(self.vcpu, &insn, &result.a)
         finally:
             self.vcpu.cpl = own
             self.vcpu.vectoring = 0
@@ -1555,7 +1765,8 @@ cdef class VcpuCore(VcpuHandle):
         insn.code_gva = as_word(code_gva, "code_gva")
         insn.code_size = <uint8_t>code_size
         self.claim()
-        insn_fetch(self.vcpu, &insn, &result.a)
+        with nogil:
+            insn_fetch(self.vcpu, &insn, &result.a)
         self.release()
         return result, result.a.suberror
 
@@ -1569,8 +1780,9 @@ cdef class VcpuCore(VcpuHandle):
         cdef int64_t n = src.view.len // 8
         cdef WalkColumn codes = WalkColumn.of(kinds, "kinds", 1, n, False)
         cdef WalkColumn dst = WalkColumn.of(out, "out", sizeof(Access), n, True)
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint8_t own
         self.claim()
+        own = self.vcpu.cpl
         self.vcpu.cpl = <uint8_t>cpl
         with nogil:
             access_many(self.vcpu, <const uint64_t *>src.view.buf, <const uint8_t *>codes.view.buf, n, size,
@@ -1591,8 +1803,9 @@ cdef class VcpuCore(VcpuHandle):
         if cpl == 3:
             bits |= PFERR_USER
         self.claim()
+        # Like KVM's lockless walk: nothing it meets is freed meanwhile.
+        kvmmmu_reading_begin(v.line)
         walk_memory(&v.guest, &vm_slots(v.vm, v.smm).map, &hint, &w, word, bits, v.ac, False)
-        guest = walk_dict(&v.guest, &w)
         built = None
         if v.root.page:
             hint = 0
@@ -1601,6 +1814,9 @@ cdef class VcpuCore(VcpuHandle):
             else:
                 walk_memory(&v.hw, vm_hostmem(v.vm), &hint, &hw, w.gpa if not w.fault else w.entry_gpa,
                             (bits & (PFERR_WRITE | PFERR_FETCH)) | PFERR_USER, False, False)
+        kvmmmu_reading_end(v.line)
+        guest = walk_dict(&v.guest, &w)
+        if v.root.page:
             built = walk_dict(&v.hw, &hw)
         self.release()
         return guest, built
@@ -1693,15 +1909,16 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
         sptes = np.empty((room, 512), np.uint64)
         page_address = pages.ctypes.data
         spte_address = sptes.ctypes.data
-        mmu_write_lock(vm)
-        n = -1
-        seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
-        ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
-        if seen != NULL and ids != NULL:
-            n = tree_list(core.vcpu, everything, previous, seen, ids)
-            if n <= room:
-                tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
-        mmu_write_unlock(vm)
+        with nogil:
+            mmu_write_lock(vm)
+            n = -1
+            seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
+            ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
+            if seen != NULL and ids != NULL:
+                n = tree_list(core.vcpu, everything, previous, seen, ids)
+                if n <= room:
+                    tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
+            mmu_write_unlock(vm)
         free(seen)
         free(ids)
         if n < 0:
