@@ -31,7 +31,8 @@ cdef inline bint trial_gather_wins(Trial *t) noexcept nogil:
     cdef CpuModel model
     cdef Paging p, none
     cdef MemMap m
-    cdef uint64_t first = 0, npages = 4, ticks, best[3]
+    cdef uint64_t first = 0, npages = 4, ticks
+    cdef uint64_t[3] best
     cdef uint8_t *host = <uint8_t *>t.tables
     cdef uint8_t writable = 0
     cdef int i, _, kernel

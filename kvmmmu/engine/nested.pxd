@@ -16,8 +16,8 @@ from kvmmmu.engine.pdecache cimport (
     pde_large_page, pde_shift,
 )
 from kvmmmu.engine.ring cimport RING_FREE, RING_ROWS, Ring, prefetch, ring_init
-from kvmmmu.engine.rows cimport Batch, row_end, row_write, rows_refused, rows_repeat
-from kvmmmu.engine.translate cimport translate_one
+from kvmmmu.engine.rows cimport Batch, rows_refused, rows_repeat
+from kvmmmu.engine.translate cimport row_end, row_write, translate_one
 
 cdef struct Flight:
     # Rows whose leaves are on the way.
@@ -60,7 +60,7 @@ cdef inline bint nested_granted(int fmt, int host_fmt, Nested *n, int64_t i, uin
         large = pde_large_page(fmt, &b.cache, va)
         entry = large.entry
         gpa = large.base | (gva & large.offset)
-        end = row_end(large.page_shift, large.access, large.level)
+        end = large.end
     else:
         entry = leaf_load(fmt, place, va)
         if not accepted(FMT_64, b.cache.paging, &b.accept, above, entry):

@@ -4,11 +4,14 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from kvmmmu.bits.paging cimport FMT_32, FMT_64
 from kvmmmu.engine.accept cimport accepted
-from kvmmmu.engine.pdecache cimport FOUND_LARGE, PDE_SLOTS, TABLE_RIGHTS, leaf_load, leaf_place, pde_shift
+from kvmmmu.engine.pdecache cimport (
+    FOUND_LARGE, KVMMMU_PDE_LARGE, PDE_SLOTS, TABLE_RIGHTS, LargePage, leaf_load, leaf_place, pde_shift,
+)
 from kvmmmu.engine.rows cimport (
-    Batch, row_finish, row_granted, row_large, row_place, row_unusual, rows_same, rows_same_unusual,
+    Batch, row_finish, row_granted, row_place, row_unusual, rows_same, rows_same_unusual,
 )
 from kvmmmu.engine.state cimport Translation
+from kvmmmu.engine.translate cimport row_write
 
 cdef extern from "kvmmmu/batch.h" nogil:
     void prefetch "kvmmmu_prefetch"(uint64_t address)
@@ -50,9 +53,10 @@ cdef inline int64_t ring_same(Batch *b, Ring *ring, uint64_t turn, int64_t i, in
 cdef inline void ring_rows(int fmt, Batch *b, int64_t i, int64_t n) noexcept nogil:
     """Rows ``i`` to ``n``.  ``fmt``: FMT_32, or FMT_64 for entries of 8 bytes."""
     cdef const uint64_t *gvas = b.gvas
-    cdef uint64_t gva, va, key, place, entry, turn = 0, va_mask = b.cache.paging.va_mask
+    cdef uint64_t gva, va, key, tag, place, entry, turn = 0, va_mask = b.cache.paging.va_mask
     cdef uint64_t addr_mask = b.cache.paging.addr_mask
     cdef Translation *out = b.out
+    cdef const LargePage *large
     cdef uint32_t above
     cdef int64_t row
     cdef Ring ring
@@ -64,12 +68,14 @@ cdef inline void ring_rows(int fmt, Batch *b, int64_t i, int64_t n) noexcept nog
             continue
         va = gva & va_mask
         key = va >> pde_shift(fmt)
-        if likely(b.cache.pdes.tag[key & (PDE_SLOTS - 1)] == key):
+        tag = b.cache.pdes.tag[key & (PDE_SLOTS - 1)]
+        if likely(tag == key):
             place = leaf_place(fmt, b.cache.pdes.table[key & (PDE_SLOTS - 1)], va)
         else:
-            place = row_place(b, i)
+            place = FOUND_LARGE if tag == (key | KVMMMU_PDE_LARGE) else row_place(b, i)
             if place == FOUND_LARGE:
-                row_large(b, i)
+                large = &b.cache.large[key & (PDE_SLOTS - 1)]
+                row_write(&out[i], gva, large.base | (gva & large.offset), large.entry, large.end)
                 i += 1
                 continue
         prefetch(place)

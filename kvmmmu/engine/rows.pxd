@@ -5,7 +5,6 @@ Formats are looked up here, not literals: the loops call these where a row is no
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport WALK_LEAF, Walk, walk_ad_wanted, walk_finish, walk_rights, walk_step
 from kvmmmu.bits.paging cimport FAULT_NONE, FMT_32, FMT_64, FMT_PAE, Paging
@@ -14,7 +13,7 @@ from kvmmmu.engine.pdecache cimport (
     FOUND_LARGE, TABLE_RIGHTS, LargePage, PdeCache, leaf_load, leaf_place, pde_find, pde_large_page,
 )
 from kvmmmu.engine.state cimport Translation
-from kvmmmu.engine.translate cimport translate_proper, translate_row
+from kvmmmu.engine.translate cimport row_end, row_write, translate_proper, translate_row
 
 cdef struct Batch:
     PdeCache cache
@@ -23,21 +22,6 @@ cdef struct Batch:
     const Paging *none    # no second dimension
     const uint64_t *gvas
     Translation *out
-
-
-cdef inline void row_write(Translation *t, uint64_t gva, uint64_t gpa, uint64_t entry, uint64_t end) noexcept nogil:
-    """A translation; ``end`` is its last eight bytes as one word (``row_end``), which is one store."""
-    t.gva = gva
-    t.gpa = gpa
-    t.error_code = 0
-    t.fault_gpa = 0
-    t.entry = entry
-    memcpy(&t.fault, &end, 8)
-
-
-cdef inline uint64_t row_end(uint32_t page_shift, uint32_t access, uint32_t level) noexcept nogil:
-    """No fault, these three, and the unused bytes (little-endian, as is all of x86)."""
-    return <uint64_t>((page_shift << 8) | (access << 16) | (level << 24))
 
 
 cdef inline void row_granted(Translation *t, uint64_t gva, uint64_t addr_mask, uint32_t above,
@@ -52,7 +36,7 @@ cdef inline void row_large(const Batch *b, int64_t i) noexcept nogil:
     cdef uint64_t gva = b.gvas[i]
     cdef const LargePage *large = pde_large_page(b.cache.paging.format, &b.cache, gva & b.cache.paging.va_mask)
     row_write(&b.out[i], gva, large.base | (gva & large.offset), large.entry,
-              row_end(large.page_shift, large.access, large.level))
+              large.end)
 
 
 cdef inline bint row_leaf(const Batch *b, int64_t i, uint64_t place) noexcept nogil:
