@@ -15,6 +15,7 @@ from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64
 from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
 )
+from kvmmmu.engine.hooks cimport MUTANT_NO_REREAD, mutant
 from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
@@ -139,4 +140,6 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
 cdef inline bint gpte_changed(Vcpu *vcpu, const Walk *w, int level) noexcept nogil:
     """The guest rewrote the entry of ``level`` since the walk read it."""
     cdef uint8_t *host = guest_host(vcpu, w.entry_gpas[level])
+    if mutant(vcpu.vm, MUTANT_NO_REREAD):
+        return False
     return host == NULL or gpte_load(vcpu.guest.format, host) != w.entries[level]
