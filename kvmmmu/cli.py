@@ -126,6 +126,7 @@ def main() -> None:
     type=click.Choice(["off", "zap_all", "generation", "unguarded"]),
     help="How MMIO faults are cached; the behaviour profile's own scheme if not given.",
 )
+@click.option("--tlb", is_flag=True, help="Let the processor cache translations; count hits and table entries read.")
 @click.option("--pages", type=click.Path(path_type=Path), help="The .npz with a raw trace's page tables.")
 @click.option("--memory-map", type=click.Path(path_type=Path), help="The machine's map (default: memory-map.json).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -135,6 +136,7 @@ def replay(
     trace: Path | None,
     mmu: Any,
     mmio_scheme: Any,
+    tlb: bool,
     pages: Path | None,
     memory_map: Path | None,
     as_json: bool,
@@ -144,6 +146,7 @@ def replay(
     Without TRACE the sample that is installed with the package is replayed.
     """
     from kvmmmu.conform import replay as engine
+    from kvmmmu.tlb import Tlb
     from kvmmmu.traces import bundled_trace, open_trace
 
     opened = open_trace(trace or bundled_trace(), pages=pages, memory_map=memory_map)
@@ -152,7 +155,11 @@ def replay(
         modes: Iterable[Any] = MMUS if mmu == "all" else (mmu,)
         for mode in modes:
             bar.describe(mode)
-            reports.append(engine.replay(opened, mmu=mode, mmio_scheme=mmio_scheme, progress=bar.advance))
+            reports.append(
+                engine.replay(
+                    opened, mmu=mode, mmio_scheme=mmio_scheme, tlb=Tlb() if tlb else None, progress=bar.advance
+                )
+            )
     if as_json:
         _print_json({"trace": str(opened.path), "modes": [report.as_dict() for report in reports]})
     else:
@@ -188,6 +195,7 @@ def _replay_table(console: Console, reports: list[Any]) -> None:
     group("MMIO served by ", "mmio")
     group("", "faults")
     group("", "counters")
+    group("", "tlb")
     console.print(table)
     for report in reports:
         if report.first is not None:
@@ -322,6 +330,7 @@ def decode(
 @click.option("--quick", is_flag=True, help="A tenth of the time a row, no large tables: for CI, not for figures.")
 @click.option("--only", metavar="EXPRESSION", help="Only benchmarks whose name fits (pytest's -k).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw it here (.svg, .png).")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Say what changed since.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
@@ -330,6 +339,7 @@ def bench(
     quick: bool,
     only: str | None,
     output: Path | None,
+    figure: Path | None,
     compare: Path | None,
     as_json: bool,
 ) -> None:
@@ -351,6 +361,10 @@ def bench(
         report["changes"] = suite.changes(old, report)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
+    if figure is not None:
+        from kvmmmu.analysis.bench_figure import draw
+
+        draw(report, figure)
     if as_json:
         _print_json(report)
     else:
