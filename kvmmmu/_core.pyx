@@ -1,6 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The door: owns memory, binds the engine to Python and C, checks every argument once."""
 
+import os
+
 # ---- sptes and constants
 cimport cython
 from libc.string cimport memset
@@ -265,7 +267,9 @@ from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
 from kvmmmu.engine.quick cimport Quick
 from kvmmmu.engine.single cimport single_flat, single_gpa, single_walk
-from kvmmmu.engine.batch cimport BATCH_RING, translate_many
+from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
+from kvmmmu.engine.choose cimport batch_kernel
+from kvmmmu.engine.gather cimport gather_here
 from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_done, translate_proper, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
@@ -436,6 +440,12 @@ cdef class TranslationRow:
                 f"{self.rights!r})")
 
 
+KERNELS = ("walk", "ring", "gather")
+cdef int CHOSEN_KERNEL = batch_kernel()
+if os.environ.get("KVMMMU_KERNEL") in KERNELS[:2] or os.environ.get("KVMMMU_KERNEL") == "gather" and gather_here():
+    CHOSEN_KERNEL = KERNELS.index(os.environ["KVMMMU_KERNEL"])
+
+
 cdef class PagingCore(TablesHandle):
     """Tables in plain memory: owns the buffers' exports and the area map (see ``kvmmmu.paging``)."""
 
@@ -508,7 +518,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.guest = &self.paging
         self.tables.host = &self.host
         self.tables.map = &self.map
-        self.tables.kernel = BATCH_RING
+        self.tables.kernel = CHOSEN_KERNEL
         self.handle = <kvmmmu_tables *>&self.tables
         self.flat = single_flat(&self.paging, &self.host, &self.map)
         self.ready = True
@@ -632,7 +642,7 @@ cdef class PagingCore(TablesHandle):
     @property
     def best_kernel(self):
         """The largest number that ``kernel`` may have on this processor."""
-        return BATCH_RING
+        return BATCH_GATHER if gather_here() else BATCH_RING
 
     @property
     def kernel(self):

@@ -13,6 +13,7 @@ from kvmmmu.bits.paging cimport FAULT_NONE, FMT_32, FMT_64, FMT_EPT, Paging
 from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_entry, quick_last, window_host
 from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.translate cimport row_end
 from kvmmmu.engine.walk cimport kvmmmu_ld_u32, kvmmmu_ld_u64
 
 cdef extern from "kvmmmu/batch.h" nogil:
@@ -33,9 +34,7 @@ cdef struct LargePage:
     uint64_t entry
     uint64_t base         # its address
     uint64_t offset       # mask of the bits below it
-    uint8_t page_shift
-    uint8_t access        # ACC rights
-    uint8_t level
+    uint64_t end          # page size, ACC rights and level as a row's last word (``row_end``)
 
 cdef struct PdeCache:
     const Paging *paging
@@ -108,9 +107,7 @@ cdef inline uint64_t pde_large(int fmt, PdeCache *c, uint64_t va, int level, uin
     large.entry = entry
     large.offset = bits_between(w.page_shift - 1, 0)
     large.base = w.gpa & ~large.offset
-    large.page_shift = <uint8_t>w.page_shift
-    large.access = <uint8_t>w.pte_access
-    large.level = <uint8_t>level
+    large.end = row_end(<uint32_t>w.page_shift, w.pte_access, <uint32_t>level)
     c.pdes.tag[key & (PDE_SLOTS - 1)] = key | KVMMMU_PDE_LARGE
     return FOUND_LARGE
 

@@ -2,6 +2,7 @@
 """Batches over one set of tables: translate many addresses, list what is mapped."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
@@ -16,6 +17,21 @@ cdef inline int walk_any(const Paging *p, const Paging *host, const MemMap *m, i
     if host.format == FMT_NONE:
         return walk_memory(p, m, hint, w, gva, access, ac, set_ad)
     return walk_nested(p, host, m, hint, hint + 1, w, hw, gva, access, ac, set_ad)
+
+
+cdef inline void row_write(Translation *t, uint64_t gva, uint64_t gpa, uint64_t entry, uint64_t end) noexcept nogil:
+    """A translation; ``end`` is its last eight bytes as one word (``row_end``), which is one store."""
+    t.gva = gva
+    t.gpa = gpa
+    t.error_code = 0
+    t.fault_gpa = 0
+    t.entry = entry
+    memcpy(&t.fault, &end, 8)
+
+
+cdef inline uint64_t row_end(uint32_t page_shift, uint32_t access, uint32_t level) noexcept nogil:
+    """No fault, these three, and the unused bytes (little-endian, as is all of x86)."""
+    return <uint64_t>((page_shift << 8) | (access << 16) | (level << 24))
 
 
 cdef inline void translate_done(const Paging *p, const Quick *q, uint64_t gpa, Translation *t) noexcept nogil:

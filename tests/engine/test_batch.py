@@ -170,6 +170,32 @@ class TestOrder:
         assert [int(e) & (A | D) for e in rows["entry"][:3]] == [0, A, A]
         assert (rows["gpa"] == np.arange(0x105000, 0x105100)).all()
 
+    def test_a_run_of_a_page_waits_for_the_row_of_that_page_before_it(self, kernel: int) -> None:
+        gvas = [0, *(page << 12 for page in range(20, 28)), 0x10, 0x20, 0x30, *(page << 12 for page in range(30, 80))]
+        rows = batch(long_mode(four_levels(bits=7)), gvas, kernel, "r", set_ad=True)
+        assert [int(rows["entry"][i]) & A for i in (0, 9, 10, 11)] == [0, A, A, A]
+
+    def test_a_bit_set_for_the_guest_that_breaks_a_table_below_is_seen_by_the_next_row(self, kernel: int) -> None:
+        memory = np.zeros((32, 512), np.uint64)
+        memory[0, 0], memory[1, 0] = 0x1007, 0x2007
+        memory[2, :2] = 0x3007, 0x4007
+        pages = np.arange(16, dtype=np.uint64)
+        memory[3, :16] = pages << np.uint64(12) | np.uint64(0x37)
+        memory[4, :16] = (pages + np.uint64(16)) << np.uint64(12) | np.uint64(0x37)
+        memory[8, 0], memory[9, 0] = 0x9067, 0xA067
+        memory[10, :2] = 0xB067, 0x2067  # the second lowest guest table is the table at 0x2000 of the EPT
+        memory[11, :16] = (pages << np.uint64(12)) + np.uint64(0x200067)
+        gvas = [page << 12 for page in range(16)] * 3 + [0x201000] + [page << 12 for page in range(16)] * 3
+        answers = []
+        for how in (0, kernel):
+            tables = memory.copy()
+            paging = Paging(PG_PE_WP, 0x8000, 0x20, 0xD00, memory=tables, nested=EptTables(0x1E))
+            rows = batch(paging, gvas, how, "r", set_ad=True)
+            answers.append((rows.tobytes(), tables.tobytes()))
+            assert (rows["fault"][:49] == Fault.NONE).all()
+            assert (rows["fault"][49:] == Fault.EPT_MISCONFIG).all()  # A of the guest is a reserved bit below
+        assert answers[0] == answers[1]
+
     def test_a_table_that_is_its_own_leaf_shows_the_bits_that_earlier_rows_set(self, kernel: int) -> None:
         # Entry 511 of the top table points to itself: the tables are pages of the address space.
         memory = four_levels(bits=0x27)

@@ -22,6 +22,12 @@ struct kvmmmu_accept {
     uint64_t want[8];
 };
 
+/* For the compiler: which way a loop's hot path goes. */
+static inline int kvmmmu_likely(int condition)
+{
+    return (int)__builtin_expect(condition, 1);
+}
+
 static inline void kvmmmu_prefetch(uint64_t address)
 {
     __builtin_prefetch((const void *)(uintptr_t)address);
