@@ -1,10 +1,10 @@
-"""The one extension; all metadata stands in pyproject.toml."""
+"""The one extension and the packages; all metadata stands in pyproject.toml."""
 
 import os
 import sys
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 # -O0 for quick edit-test rounds: KVMMMU_CFLAGS=-O0 python setup.py build_ext -i
 CFLAGS = os.environ.get("KVMMMU_CFLAGS", "-O3 -fno-plt -fvisibility=hidden -fwrapv -g0").split()
@@ -17,6 +17,9 @@ core = Extension(
 )
 
 setup(
+    # `kvmmmu bench` runs the benchmarks of an installed package too, from the same files.
+    packages=[*find_packages(include=["kvmmmu", "kvmmmu.*"]), "kvmmmu.benchmarks"],
+    package_dir={"kvmmmu.benchmarks": "benchmarks"},
     ext_modules=cythonize(
         [core],
         build_dir="build/cython",

@@ -62,7 +62,7 @@ def bench_batch(
     arguments = (ctypes.byref(image.reference), ctypes.byref(image.areas), refs.pointer(gvas), ctypes.c_size_t(N))
 
     def reference() -> None:
-        library.ref_translate(*arguments, ctypes.c_uint64(WRITE | USER), refs.pointer(other))
+        library.ref_translate(*arguments, ctypes.c_uint64(WRITE | USER), 0, refs.pointer(other))
 
     def work() -> None:
         image.paging.translate_into(gvas, own, "w", 3, False, False, False)

@@ -1,38 +1,57 @@
 """What every benchmark needs: C reference loops compiled on the spot, and ratios beside the times."""
 
 import ctypes
+import functools
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import kvmmmu
+from kvmmmu.analysis.measure import Work, quartiles, race, ratios
 
 HERE = Path(__file__).resolve().parent
+FLAGS = ["-O3", "-fwrapv", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ratios")
+    group.addoption("--ratios", type=Path, help="Measure ratios only and append them to this file, one JSON a line.")
+    group.addoption("--seconds", type=float, default=1.0, help="Time spent on each row of ratios.")
+    group.addoption("--quick", action="store_true", help="Leave out what takes long to set up.")
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether benchmarks are to leave out what takes long to set up."""
+    return bool(request.config.getoption("--quick"))
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
+    if found is None:
+        pytest.fail("benchmarks need a C compiler (gcc or cc) for their reference loops")
+    return found
 
 
 @pytest.fixture(scope="session")
 def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
     """Compile a C file of this directory with gcc -O3 and load it."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.fail("benchmarks need a C compiler (gcc or cc) for their reference loops")
     folder = tmp_path_factory.mktemp("reference")
-    loaded: dict[str, ctypes.CDLL] = {}
 
+    @functools.cache
     def compile_one(name: str) -> ctypes.CDLL:
-        if name not in loaded:
-            out = folder / f"{Path(name).stem}.so"
-            flags = ["-O3", "-fwrapv", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-            subprocess.run([compiler, *flags, str(HERE / name), "-o", str(out)], check=True)
-            loaded[name] = ctypes.CDLL(str(out))
-        return loaded[name]
+        out = folder / f"{Path(name).stem}.so"
+        subprocess.run([compiler(), *FLAGS, str(HERE / name), "-o", str(out)], check=True)
+        return ctypes.CDLL(str(out))
 
     return compile_one
 
@@ -66,47 +85,76 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return module
 
 
-def repeats(work: Callable[[], object]) -> int:
-    """How many calls one sample takes, so that the clock's own cost and grain do not show."""
-    number = 1
-    while True:
-        began = time.thread_time()
-        for _ in range(number):
-            work()
-        if time.thread_time() - began > 50e-6 or number >= 1 << 12:
-            return number
-        number *= 4
+class Rows:
+    """Where the measured ratios go: a line of JSON a benchmark, written at once, so that a crash loses one row."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def add(self, request: pytest.FixtureRequest, benchmark: Any, **fields: Any) -> None:
+        if self.path is not None:
+            row = {"group": benchmark.group, "name": request.node.name, "file": request.node.path.name, **fields}
+            with self.path.open("a") as out:
+                out.write(json.dumps(row) + "\n")
 
 
-def best_of(contestants: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, float]:
-    """Shortest CPU time of one call of each, called in turn: on a shared machine the minimum is what repeats."""
-    best = dict.fromkeys(contestants, float("inf"))
-    number = {name: repeats(work) for name, work in contestants.items()}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for name, work in contestants.items():
-            calls = range(number[name])
-            began = time.thread_time()
-            for _ in calls:
-                work()
-            best[name] = min(best[name], (time.thread_time() - began) / len(calls))
-    return best
+@pytest.fixture(scope="session")
+def rows(request: pytest.FixtureRequest) -> Rows:
+    return Rows(request.config.getoption("--ratios"))
 
 
 @pytest.fixture
-def against(benchmark) -> Callable[..., None]:  # type: ignore[no-untyped-def]
-    """Time ``work`` and put rates and ratios against the named peers, measured in the same process, beside it."""
+def record(request: pytest.FixtureRequest, benchmark: Any, rows: Rows) -> Callable[..., None]:
+    """Report samples a bench took itself: seconds of one call, a list for "" (its own) and for each peer."""
 
-    def run(work: Callable[[], object], *, items: int, **peers: Callable[[], object]) -> None:
+    def note(samples: dict[str, list[float]], *, items: int, absent: dict[str, str] | None = None) -> None:
+        own = quartiles(samples[""])
+        over = {peer: ratios(samples, "", peer) for peer in samples if peer}
         benchmark.extra_info["items"] = items
-        if benchmark.enabled:
-            best = best_of({"": work, **peers})
-            benchmark.extra_info["items_per_second"] = round(items / best[""])
-            for name in peers:
-                benchmark.extra_info[f"time_over_{name}"] = round(best[""] / best[name], 3)
-        else:
-            for peer in peers.values():
-                peer()
-        benchmark(work)
+        benchmark.extra_info["items_per_second"] = round(items / own.median)
+        benchmark.extra_info |= {f"time_over_{peer}": round(ratio.median, 3) for peer, ratio in over.items()}
+        benchmark.extra_info |= {f"absent_{peer}": why for peer, why in (absent or {}).items()}
+        rows.add(
+            request,
+            benchmark,
+            items=items,
+            seconds=own.as_dict(),
+            over={peer: ratio.as_dict() for peer, ratio in over.items()},
+            absent=absent or {},
+        )
 
-    return run
+    return note
+
+
+@pytest.fixture
+def against(request: pytest.FixtureRequest, benchmark: Any, record: Callable[..., None]) -> Iterator[Any]:
+    """Time ``work`` and put rates and ratios against the named peers, measured in the same process, beside it.
+
+    ``items``: what one call gets through.  ``absent``: peers that cannot take part, and why.  ``net``: take away
+    what the loop costs.  Contestants are callables, or statements that see ``names``.
+    """
+    config = request.config
+
+    def run(
+        work: Work,
+        *,
+        items: int,
+        absent: dict[str, str] | None = None,
+        net: bool = False,
+        names: dict[str, Any] | None = None,
+        **peers: Work,
+    ) -> None:
+        contestants = {"": work, **peers}
+        if benchmark.enabled or config.getoption("--ratios"):
+            samples = race(contestants, seconds=config.getoption("--seconds"), net=net, namespace=names)
+            record(samples, items=items, absent=absent)
+        else:
+            for contestant in contestants.values():
+                call(contestant, names)
+        benchmark(functools.partial(call, work, names))
+
+    yield run
+
+
+def call(work: Work, names: dict[str, Any] | None) -> object:
+    return exec(work, names) if isinstance(work, str) else work()

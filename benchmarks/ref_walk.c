@@ -125,10 +125,71 @@ int ref_walk(const struct ref_paging *p, struct ref_memory *m, uint64_t va, uint
 }
 
 void ref_translate(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n, uint64_t access,
-                   struct ref_translation *out)
+                   int set_ad, struct ref_translation *out)
 {
     for (size_t i = 0; i < n; i++)
-        ref_walk(p, m, gvas[i], access, 0, &out[i]);
+        ref_walk(p, m, gvas[i], access, set_ad, &out[i]);
+}
+
+/*
+ * The same with the levels written out by hand, each with its own constants, and one test for what is usual.
+ */
+#define REF_FETCH(level, table)                                                                  \
+    slot##level = ref_word(m, (table) + ((va >> (12 + 9 * (level - 1)) & 511) << 3));            \
+    if (!slot##level)                                                                            \
+        return ref_walk(p, m, va, access, set_ad, t);                                            \
+    entry = __atomic_load_n(slot##level, __ATOMIC_RELAXED);                                      \
+    all &= entry;                                                                                \
+    any |= entry;                                                                                \
+    if (!(entry & P) || entry & p->reserved[(entry & PS) != 0][level])                           \
+        return ref_walk(p, m, va, access, set_ad, t)
+
+static int ref_walk_unrolled(const struct ref_paging *p, struct ref_memory *m, uint64_t va, uint64_t access, int set_ad,
+                             struct ref_translation *t)
+{
+    uint64_t entry, all = ~UINT64_C(0), any = 0, offset = 4095;
+    uint64_t *slot4, *slot3, *slot2, *slot1;
+    int level = 1;
+
+    if ((uint64_t)((int64_t)(va << 16) >> 16) != va)
+        return ref_walk(p, m, va, access, set_ad, t);
+    REF_FETCH(4, p->root);
+    REF_FETCH(3, entry & ADDRESS);
+    if (entry & PS) {
+        level = 3;
+        offset = (UINT64_C(1) << 30) - 1;
+        goto leaf;
+    }
+    REF_FETCH(2, entry & ADDRESS);
+    if (entry & PS) {
+        level = 2;
+        offset = (UINT64_C(1) << 21) - 1;
+        goto leaf;
+    }
+    REF_FETCH(1, entry & ADDRESS);
+leaf:
+    if (refused(p, access, (all & U) != 0, (all & W) != 0, !(any & NX) || !p->nx))
+        return ref_walk(p, m, va, access, set_ad, t);
+    if (set_ad && (!(all & A) || (access & W && !(entry & D))))
+        return ref_walk(p, m, va, access, set_ad, t);
+    t->gva = va;
+    t->gpa = (entry & ADDRESS & ~offset) | (va & offset);
+    t->error_code = 0;
+    t->fault_gpa = 0;
+    t->entry = entry;
+    t->fault = 0;
+    t->page_shift = (uint8_t)(12 + 9 * (level - 1));
+    t->access = (uint8_t)(!(any & NX) | (all & (W | U)));
+    t->level = (uint8_t)level;
+    t->unused = 0;
+    return 0;
+}
+
+void ref_translate_unrolled(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n,
+                            uint64_t access, int set_ad, struct ref_translation *out)
+{
+    for (size_t i = 0; i < n; i++)
+        ref_walk_unrolled(p, m, gvas[i], access, set_ad, &out[i]);
 }
 
 /*

@@ -211,7 +211,8 @@ from kvmmmu.bits.paging cimport (
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
-from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_many, walk_any
+from kvmmmu.engine.batch cimport BATCH_RING, translate_many
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 
@@ -359,6 +360,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.guest = &self.paging
         self.tables.host = &self.host
         self.tables.map = &self.map
+        self.tables.kernel = BATCH_RING
         self.handle = <kvmmmu_tables *>&self.tables
         self.ready = True
 
@@ -440,7 +442,21 @@ cdef class PagingCore(TablesHandle):
         cdef uint64_t bits = access_arg(access, cpl, implicit)
         with nogil:
             translate_many(&self.paging, &self.host, &self.map, <const uint64_t *>src.view.buf, n, bits, ac, set_ad,
-                           <Translation *>dst.view.buf)
+                           self.tables.kernel, <Translation *>dst.view.buf)
+
+    @property
+    def best_kernel(self):
+        """The largest number that ``kernel`` may have on this processor."""
+        return BATCH_RING
+
+    @property
+    def kernel(self):
+        """How ``translate`` works: 0 walk by walk, 1 caches and prefetching, 2 the same with AVX-512."""
+        return self.tables.kernel
+
+    @kernel.setter
+    def kernel(self, value):
+        self.tables.kernel = small_arg(value, "kernel", 0, self.best_kernel)
 
     def mappings_into(self, gva, out, int64_t walks):
         """List leaves from ``gva`` on; returns how many, and the address to go on from (None: that was all)."""
@@ -634,8 +650,10 @@ def record_layouts():
     }
 
 
-def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialect):
-    """Walk each case over its own words; ``cases`` and ``answers`` are records as in ``record_layouts``."""
+def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialect, int kernel=0):
+    """Walk each case over its own words; ``cases`` and ``answers`` are records as in ``record_layouts``.
+
+    ``kernel``: 0 alone, else as the first row of a batch (``PagingCore.kernel``)."""
     cdef WalkColumn c = WalkColumn.of(cases, "cases", sizeof(WalkCase), -1, False)
     cdef int64_t n = c.view.len // <Py_ssize_t>sizeof(WalkCase)
     cdef WalkColumn o = WalkColumn.of(offsets, "offsets", 8, n + 1, False)
@@ -679,7 +697,7 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
             scratch.writable[i] = 1
         with nogil:
             bad = cases_run(<const WalkCase *>c.view.buf, n, offset, address, <const uint64_t *>before.view.buf,
-                            <uint64_t *>after.view.buf, dialect, &scratch, <WalkAnswer *>out.view.buf)
+                            <uint64_t *>after.view.buf, dialect, kernel, &scratch, <WalkAnswer *>out.view.buf)
         assert bad < 0
     finally:
         PyMem_RawFree(scratch.first)
@@ -698,9 +716,10 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64, st_release_u64
+from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
-from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release, vm_close_begin
+from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin,
+                                  vm_inside)
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
@@ -709,7 +728,7 @@ from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
 from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
                                      slots_generation, vm_slots)
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free
@@ -849,10 +868,20 @@ cdef class VmCore(VmHandle):
             raise VmClosedError("the VM was closed")
         return 0
 
+    cdef int lock_slots(self) except -1:
+        """Take slots_lock; its holder may need the interpreter, so nobody waits with it."""
+        self.check_open()
+        with nogil:
+            slots_lock(self.vm)
+        if self.closed:
+            slots_unlock(self.vm)
+            self.check_open()
+        return 0
+
     cdef int check_idle(self, str what) except -1:
         cdef int i
         for i in range(self.vm.n_vcpus):
-            if ld_u32(&self.vm.vcpus[i].busy):
+            if vcpu_busy(self.vm.vcpus[i]):
                 raise VmBusyError(f"vCPU {i} is running: {what} needs every vCPU stopped")
         return 0
 
@@ -861,15 +890,17 @@ cdef class VmCore(VmHandle):
         cdef int runs
         if self.closed:
             return
+        self.lock_slots()
         runs = vm_close_begin(self.vm)
         if runs >= 0:
+            slots_unlock(self.vm)
             raise VmBusyError(f"vCPU {runs} is running: closing the VM needs every vCPU stopped")
         self.closed = True
-        vm_teardown(self.vm)
-        slots_lock(self.vm)
-        vm_slots_free(self.vm)
-        slots_unlock(self.vm)
-        arena_discard(&self.vm.arena)
+        with nogil:
+            vm_teardown(self.vm)
+            vm_slots_free(self.vm)
+            arena_discard(&self.vm.arena)
+            slots_unlock(self.vm)
         self.exports.clear()
 
     @property
@@ -908,13 +939,15 @@ cdef class VmCore(VmHandle):
             r.host_writable = not export.view.readonly
             if export.view.readonly:
                 r.flags |= MEM_READONLY
-            r.token = self.next_token
-        err = vm_set_region(self.vm, &r)
-        if err == ERR_NONE and r.change == CHANGE_CREATE:
+            # Whoever sees the new slot finds its buffer.
+            r.token = fetch_add_u64(&self.next_token, 1)
             self.exports[r.token] = export
-            self.next_token += 1
+        with nogil:
+            err = vm_set_region(self.vm, &r)
+        if r.token and (err != ERR_NONE or r.change != CHANGE_CREATE):
+            self.exports.pop(r.token, None)
         if r.released:
-            del self.exports[r.released]
+            self.exports.pop(r.released, None)
         return -err, REGION_REASONS[r.why], r.detail, r.change
 
     cdef object describe(self, const Slot *s):
@@ -924,8 +957,7 @@ cdef class VmCore(VmHandle):
     def slots(self, int as_id):
         """The slots of an address space in ascending order of gpa: (slot, gpa, size, flags, memory)."""
         cdef int i
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             return [self.describe(self.vm.slots[as_id].slot[i]) for i in range(self.vm.slots[as_id].map.n)]
         finally:
@@ -935,8 +967,7 @@ cdef class VmCore(VmHandle):
         """The slot named by ``as_id << 16 | id``, or None."""
         cdef uint64_t number = as_word(slot, "slot")
         cdef Slot *s = NULL
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             if number >> 16 < ADDRESS_SPACES and number & 0xffff < MAX_SLOT_ID:
                 s = self.vm.slot_by_id[number >> 16][number & 0xffff]
@@ -945,24 +976,29 @@ cdef class VmCore(VmHandle):
             slots_unlock(self.vm)
 
     def slot_count(self, int as_id):
-        self.check_open()
-        return self.vm.slots[as_id].map.n
+        self.lock_slots()
+        n = self.vm.slots[as_id].map.n
+        slots_unlock(self.vm)
+        return n
 
     def free_slot_id(self, int as_id):
-        self.check_open()
-        return slot_id_free(self.vm, as_id)
+        self.lock_slots()
+        n = slot_id_free(self.vm, as_id)
+        slots_unlock(self.vm)
+        return n
 
     def generation(self, int as_id):
-        self.check_open()
-        return slots_generation(self.vm.slots[as_id])
+        self.lock_slots()
+        n = slots_generation(self.vm.slots[as_id])
+        slots_unlock(self.vm)
+        return n
 
     def find_gfn(self, gfn, int as_id):
         """What a fault would learn of a gfn: (slot, pfn, largest page of the host, reasons against 2M, 1G) or None."""
         cdef uint64_t g = as_word(gfn, "gfn")
         cdef int hint = 0
         cdef Slot *s
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             s = slot_find(self.vm.slots[as_id], g, &hint)
             if s == NULL:
@@ -975,8 +1011,7 @@ cdef class VmCore(VmHandle):
     def host_ranges(self):
         """Runs of host pages that slots bind: (host address, pages, first frame, users, level, writable)."""
         cdef int i
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             return [(<uint64_t>self.vm.ranges[i].host, self.vm.ranges[i].npages, self.vm.ranges[i].base_pfn,
                      self.vm.ranges[i].users, self.vm.ranges[i].max_level, bool(self.vm.ranges[i].writable))
@@ -988,8 +1023,7 @@ cdef class VmCore(VmHandle):
         """The map of frames without the arena: (first frame, pages, host address, writable)."""
         cdef MemMap *m
         cdef int i
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             m = self.vm.hostmem
             return [(m.first[i], m.npages[i], <uint64_t>m.host[i], bool(m.writable[i])) for i in range(1, m.n)]
@@ -1012,12 +1046,13 @@ cdef class VmCore(VmHandle):
         self.check_open()
         if goal < MIN_MMU_PAGES:
             return False
-        slots_lock(self.vm)
-        mmu_write_lock(self.vm)
-        set_max_pages(self.vm, <int64_t>goal)
-        self.vm.requested_pages = <int64_t>goal
-        mmu_write_unlock(self.vm)
-        slots_unlock(self.vm)
+        self.lock_slots()
+        with nogil:
+            mmu_write_lock(self.vm)
+            set_max_pages(self.vm, <int64_t>goal)
+            self.vm.requested_pages = <int64_t>goal
+            mmu_write_unlock(self.vm)
+            slots_unlock(self.vm)
         return True
 
     def set_manual_protect(self, int bits):
@@ -1030,10 +1065,10 @@ cdef class VmCore(VmHandle):
         cdef WalkColumn words = WalkColumn.of(out, "out", 8, -1, True)
         cdef uint32_t number = <uint32_t>as_word(slot, "slot", 32)
         cdef int err
-        self.check_open()
-        slots_lock(self.vm)
-        err = dirty_get(self.vm, number, <uint64_t *>words.view.buf, <uint64_t>words.view.len // 8)
-        slots_unlock(self.vm)
+        self.lock_slots()
+        with nogil:
+            err = dirty_get(self.vm, number, <uint64_t *>words.view.buf, <uint64_t>words.view.len // 8)
+            slots_unlock(self.vm)
         return -err
 
     def dirty_clear(self, slot, first_page, npages, bits):
@@ -1047,9 +1082,10 @@ cdef class VmCore(VmHandle):
         # The words of n pages, without n + 63, which may wrap.
         if <uint64_t>words.view.len // 8 < n // 64 + (n % 64 != 0):
             raise ArgumentError(f"bits has {words.view.len // 8} words; {n} pages need {n // 64 + (n % 64 != 0)}")
-        slots_lock(self.vm)
-        err = dirty_clear(self.vm, number, first, n, <const uint64_t *>words.view.buf)
-        slots_unlock(self.vm)
+        self.lock_slots()
+        with nogil:
+            err = dirty_clear(self.vm, number, first, n, <const uint64_t *>words.view.buf)
+            slots_unlock(self.vm)
         return -err
 
     def host_pages(self, slot, first_page, npages, bint untouched):
@@ -1058,8 +1094,7 @@ cdef class VmCore(VmHandle):
         cdef uint64_t first = as_word(first_page, "first_page")
         cdef uint64_t n = as_word(npages, "npages")
         cdef Slot *s = NULL
-        self.check_open()
-        slots_lock(self.vm)
+        self.lock_slots()
         try:
             if number >> 16 < ADDRESS_SPACES and number & 0xffff < MAX_SLOT_ID:
                 s = self.vm.slot_by_id[number >> 16][number & 0xffff]
@@ -1069,10 +1104,11 @@ cdef class VmCore(VmHandle):
                 raise ArgumentError(f"pages {first} .. {first + n} are outside the slot's {s.npages} pages")
             if not untouched and (<Export>self.exports[s.token]).view.readonly:
                 raise ArgumentError("the slot's memory is read-only")
-            if untouched:
-                slot_never_touched(self.vm, s, first, n)
-            else:
-                slot_dontneed(self.vm, s, first, n)
+            with nogil:
+                if untouched:
+                    slot_never_touched(self.vm, s, first, n)
+                else:
+                    slot_dontneed(self.vm, s, first, n)
         finally:
             slots_unlock(self.vm)
 
@@ -1082,23 +1118,26 @@ cdef class VmCore(VmHandle):
         cdef Py_ssize_t done = 0, now, n = len(data)
         cdef Slot *s
         cdef int hint = 0
-        self.check_open()
-        # All of it is looked at before the first byte is written.
-        while done < n:
-            s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
-            if s == NULL:
-                raise ArgumentError(f"gpa {at + <uint64_t>done:#x} is in no slot")
-            if (<Export>self.exports[s.token]).view.readonly:
-                raise ArgumentError(f"gpa {at + <uint64_t>done:#x} stands in read-only memory")
-            done += 4096 - <Py_ssize_t>((at + <uint64_t>done) & 4095)
-        done = 0
-        while done < n:
-            now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
-            s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
-            host_write(self.vm, s, (at + <uint64_t>done) >> 12)
-            memcpy(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
-                   <const char *>data + done, <size_t>now)
-            done += now
+        self.lock_slots()
+        try:
+            # All of it is looked at before the first byte is written.
+            while done < n:
+                s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
+                if s == NULL:
+                    raise ArgumentError(f"gpa {at + <uint64_t>done:#x} is in no slot")
+                if (<Export>self.exports[s.token]).view.readonly:
+                    raise ArgumentError(f"gpa {at + <uint64_t>done:#x} stands in read-only memory")
+                done += 4096 - <Py_ssize_t>((at + <uint64_t>done) & 4095)
+            done = 0
+            while done < n:
+                now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
+                s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
+                host_write(self.vm, s, (at + <uint64_t>done) >> 12)
+                guest_store(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
+                            <const char *>data + done, <unsigned>now)
+                done += now
+        finally:
+            slots_unlock(self.vm)
 
     @property
     def mmu_valid_gen(self):
@@ -1288,10 +1327,12 @@ cdef class VcpuCore(VcpuHandle):
 
     cdef VmCore owner
     cdef Vcpu *vcpu
+    cdef bint alone  # of the present claim
 
     def __cinit__(self, VmCore owner not None, tuple model not None, *args):
         cdef Vm *vm = owner.vm
         cdef Vcpu *vcpu
+        cdef int born
         owner.check_open()
         self.owner = owner
         vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
@@ -1300,7 +1341,8 @@ cdef class VcpuCore(VcpuHandle):
         model_arg(&vcpu.model, model)
         if args:
             vcpu.cr4_absent, vcpu.efer_absent = args[1].absent_bits()
-        born = vcpu_birth(vm, vcpu)
+        with nogil:
+            born = vcpu_birth(vm, vcpu)
         if born != BIRTH_OK:
             free(vcpu)
         if born == BIRTH_TOO_MANY:
@@ -1320,8 +1362,11 @@ cdef class VcpuCore(VcpuHandle):
         return self.owner
 
     cdef int claim(self) except -1:
+        """Take the vCPU.  ``self.alone``: nobody else is in the engine, so the call keeps the interpreter."""
+        cdef bint alone = not vm_inside(self.vcpu.vm)
         cdef int claim = vcpu_claim(self.vcpu)
         if claim == CLAIM_OK:
+            self.alone = alone
             return 0
         if claim == CLAIM_BUSY:
             raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
@@ -1356,7 +1401,11 @@ cdef class VcpuCore(VcpuHandle):
         regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
         regs.compat = compat
         self.claim()
-        result = set_sregs(self.vcpu, &regs)
+        if self.alone:
+            result = set_sregs(self.vcpu, &regs)
+        else:
+            with nogil:
+                result = set_sregs(self.vcpu, &regs)
         self.release()
         return result == REG_OK
 
@@ -1365,7 +1414,11 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(value, "value")
         cdef int result
         self.claim()
-        result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
+        if self.alone:
+            result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
+        else:
+            with nogil:
+                result = write_efer(self.vcpu, word) if n == 8 else vcpu_move_to_cr(self.vcpu, n, word)
         self.release()
         return result == REG_OK
 
@@ -1384,13 +1437,18 @@ cdef class VcpuCore(VcpuHandle):
         """
         cdef uint64_t word = as_word(gva, "gva")
         self.claim()
-        vcpu_invlpg(self.vcpu, word)
+        if self.alone:
+            vcpu_invlpg(self.vcpu, word)
+        else:
+            with nogil:
+                vcpu_invlpg(self.vcpu, word)
         self.release()
 
     def init(self):
         """INIT the vCPU: paging off, every root dropped (what KVM on AMD does when the guest shut down)."""
         self.claim()
-        vcpu_init(self.vcpu)
+        with nogil:
+            vcpu_init(self.vcpu)
         self.release()
 
     def sync_roots(self):
@@ -1399,7 +1457,11 @@ cdef class VcpuCore(VcpuHandle):
         Nothing under EPT, NPT or without paging.
         """
         self.claim()
-        roots_sync(self.vcpu)
+        if self.alone:
+            roots_sync(self.vcpu)
+        else:
+            with nogil:
+                roots_sync(self.vcpu)
         self.release()
 
     # -- accesses
@@ -1440,19 +1502,27 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t bits = kind_arg(kind)
         cdef uint8_t data[64]
         cdef uint8_t *moved = NULL
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint8_t own
+        cdef int level = -1
         cdef int n = small_arg(size, "size", 1, 64)
         if value is not None:
             if bits != PFERR_WRITE:
                 raise ArgumentError("value is given; it goes with writes only")
             store_value(data, value, n)
             moved = data
-        cdef int level = own if cpl is None else cpl_arg(cpl)
+        if cpl is not None:
+            level = cpl_arg(cpl)
         if implicit:
             bits |= PFERR_IMPLICIT
         self.claim()
-        self.vcpu.cpl = <uint8_t>level
-        vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
+        own = self.vcpu.cpl
+        if level >= 0:
+            self.vcpu.cpl = <uint8_t>level
+        if self.alone:
+            vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
+        else:
+            with nogil:
+                vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
         self.vcpu.cpl = own
         self.release()
         return result
@@ -1463,13 +1533,19 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t word = as_word(gva, "gva")
         cdef int n = size
         cdef uint8_t buffer[64]
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint64_t bits = PFERR_WRITE if write else 0
+        cdef uint8_t own
         memset(buffer, 0, 64)
         if write:
             buffer[:n] = <bytes>data
         self.claim()
+        own = self.vcpu.cpl
         self.vcpu.cpl = <uint8_t>cpl
-        vcpu_access(self.vcpu, word, PFERR_WRITE if write else 0, n, buffer, &result.a)
+        if self.alone:
+            vcpu_access(self.vcpu, word, bits, n, buffer, &result.a)
+        else:
+            with nogil:
+                vcpu_access(self.vcpu, word, bits, n, buffer, &result.a)
         self.vcpu.cpl = own
         self.release()
         return result, <bytes>buffer[:n]
@@ -1482,7 +1558,7 @@ cdef class VcpuCore(VcpuHandle):
         """
         cdef AccessResult result = AccessResult.__new__(AccessResult)
         cdef Insn insn
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint8_t own
         cdef int i
         cdef bytes data
         memset(&insn, 0, sizeof(insn))
@@ -1497,16 +1573,22 @@ cdef class VcpuCore(VcpuHandle):
         insn.split_rmw = split_rmw
         insn.refetch = refetch
         self.claim()
+        own = self.vcpu.cpl
         try:
             self.vcpu.cpl = <uint8_t>cpl
             self.vcpu.vectoring = <uint8_t>vectoring
-            insn_execute(self.vcpu, &insn, &result.a)
+            with nogil:
+                insn_execute(self.vcpu, &insn, &result.a)
             while insn.wants_data and result.a.outcome == OUTCOME_MMIO:
+                # In user space: the handler may change slots, and whoever does waits for no vCPU that is there.
+                user_begin(self.vcpu.line)
                 for i in range(result.a.n_mmio):
                     data = mmio_read(result.a.mmio_gpa[i], result.a.mmio_size[i])
                     memcpy(insn.read_data + result.a.mmio_offset[i], <const char *>data,
                            min(<size_t>len(data), <size_t>result.a.mmio_size[i]))
-                insn_continue(self.vcpu, &insn, &result.a)
+                user_end(self.vcpu.line)
+                with nogil:
+                    insn_continue(self.vcpu, &insn, &result.a)
         finally:
             self.vcpu.cpl = own
             self.vcpu.vectoring = 0
@@ -1527,7 +1609,8 @@ cdef class VcpuCore(VcpuHandle):
         insn.code_gva = as_word(code_gva, "code_gva")
         insn.code_size = <uint8_t>code_size
         self.claim()
-        insn_fetch(self.vcpu, &insn, &result.a)
+        with nogil:
+            insn_fetch(self.vcpu, &insn, &result.a)
         self.release()
         return result, result.a.suberror
 
@@ -1541,8 +1624,9 @@ cdef class VcpuCore(VcpuHandle):
         cdef int64_t n = src.view.len // 8
         cdef WalkColumn codes = WalkColumn.of(kinds, "kinds", 1, n, False)
         cdef WalkColumn dst = WalkColumn.of(out, "out", sizeof(Access), n, True)
-        cdef uint8_t own = self.vcpu.cpl
+        cdef uint8_t own
         self.claim()
+        own = self.vcpu.cpl
         self.vcpu.cpl = <uint8_t>cpl
         with nogil:
             access_many(self.vcpu, <const uint64_t *>src.view.buf, <const uint8_t *>codes.view.buf, n, size,
@@ -1563,8 +1647,9 @@ cdef class VcpuCore(VcpuHandle):
         if cpl == 3:
             bits |= PFERR_USER
         self.claim()
+        # Like KVM's lockless walk: nothing it meets is freed meanwhile.
+        kvmmmu_reading_begin(v.line)
         walk_memory(&v.guest, &vm_slots(v.vm, v.smm).map, &hint, &w, word, bits, v.ac, False)
-        guest = walk_dict(&v.guest, &w)
         built = None
         if v.root.page:
             hint = 0
@@ -1573,6 +1658,9 @@ cdef class VcpuCore(VcpuHandle):
             else:
                 walk_memory(&v.hw, vm_hostmem(v.vm), &hint, &hw, w.gpa if not w.fault else w.entry_gpa,
                             (bits & (PFERR_WRITE | PFERR_FETCH)) | PFERR_USER, False, False)
+        kvmmmu_reading_end(v.line)
+        guest = walk_dict(&v.guest, &w)
+        if v.root.page:
             built = walk_dict(&v.hw, &hw)
         self.release()
         return guest, built
@@ -1665,15 +1753,16 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
         sptes = np.empty((room, 512), np.uint64)
         page_address = pages.ctypes.data
         spte_address = sptes.ctypes.data
-        mmu_write_lock(vm)
-        n = -1
-        seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
-        ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
-        if seen != NULL and ids != NULL:
-            n = tree_list(core.vcpu, everything, previous, seen, ids)
-            if n <= room:
-                tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
-        mmu_write_unlock(vm)
+        with nogil:
+            mmu_write_lock(vm)
+            n = -1
+            seen = <uint8_t *>calloc(vm.arena.top + 1, 1)
+            ids = <int32_t *>calloc(vm.arena.top + 1, sizeof(int32_t))
+            if seen != NULL and ids != NULL:
+                n = tree_list(core.vcpu, everything, previous, seen, ids)
+                if n <= room:
+                    tree_copy(vm, ids, seen, n, <TreePage *>page_address, <uint64_t *>spte_address)
+            mmu_write_unlock(vm)
         free(seen)
         free(ids)
         if n < 0:

@@ -318,5 +318,49 @@ def decode(
         click.echo(str(words))
 
 
+@main.command()
+@click.option("--quick", is_flag=True, help="A tenth of the time a row, no large tables: for CI, not for figures.")
+@click.option("--only", metavar="EXPRESSION", help="Only benchmarks whose name fits (pytest's -k).")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+@click.option("--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Say what changed since.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    quick: bool,
+    only: str | None,
+    output: Path | None,
+    compare: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure against plain C loops, NumPy, and other emulators where installed; ratios within one process.
+
+    Exit status 0 when everything ran, whether or not it met its goals; 1 when a benchmark failed.
+    """
+    from kvmmmu.analysis import suite
+
+    old = None if compare is None else suite.load(compare)
+    with _Bar() as bar:
+
+        def show(name: str, percent: int) -> None:
+            bar.describe(name)
+            bar.advance(percent, 100)
+
+        report = suite.run(quick=quick, only=only, progress=show)
+    if old is not None:
+        report["changes"] = suite.changes(old, report)
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n")
+    if as_json:
+        _print_json(report)
+    else:
+        from kvmmmu.analysis.bench_table import tables
+
+        console = _console()
+        for part in tables(report):
+            console.print(part)
+    ctx.exit(DISAGREED if report["failed"] else AGREED)
+
+
 if __name__ == "__main__":
     main()

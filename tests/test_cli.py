@@ -35,7 +35,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ("replay", "conform", "walk", "decode"):
+    for command in ("replay", "conform", "walk", "decode", "bench"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert len(result.output.splitlines()) > 5

@@ -34,6 +34,7 @@ cdef struct Walk:
     uint64_t gpa          # result: byte address; like the next two, 0 on a fault
     int page_shift        # result: 12, 21, 22 or 30 (12 without paging)
     uint32_t pte_access   # result: ACC rights of the translation
+    uint8_t stored        # 1 once a loop round the steps has set A or D in memory; never cleared here
 
 
 cdef inline int walk_level_shift(int fmt, int level) noexcept nogil:

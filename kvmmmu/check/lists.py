@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvmmmu.check.snapshot import LIST_ACTIVE, LIST_FREE, Role, Snapshot
+from kvmmmu.check.snapshot import LIST_ACTIVE, LIST_CACHED, LIST_FREE, Role, Snapshot
 from kvmmmu.errors import Violation
 
 _HASH_MULTIPLIER = 0x61C8864680B583EB
@@ -69,7 +69,7 @@ def hash_chains(s: Snapshot) -> Iterator[Violation]:
 
 
 def free_list(s: Snapshot) -> Iterator[Violation]:
-    """The free list holds every free page once, and their entries are empty."""
+    """The free list holds every free page once that no vCPU has set aside, and their entries are empty."""
     name = "free list"
     at, seen = s.free, set[int]()
     while at and at not in seen and at < s.top:
@@ -80,7 +80,7 @@ def free_list(s: Snapshot) -> Iterator[Violation]:
     if at:
         yield Violation(name, _page(at), "closes a circle or is outside the arena")
     for number in np.flatnonzero(~s.live).tolist():
-        if number and number not in seen:
+        if number and number not in seen and s.pages["on_list"][number] != LIST_CACHED:
             yield Violation(name, _page(number), "is free, expected in the free list")
         if s.sptes[number].any():
             entry = int(np.flatnonzero(s.sptes[number])[0])

@@ -30,7 +30,7 @@ _VCPU_FIELDS: Final = (
 ).split()
 
 ENTRIES: Final = 512
-LIST_FREE, LIST_ACTIVE, LIST_INVALID = 1, 2, 3
+LIST_FREE, LIST_ACTIVE, LIST_INVALID, LIST_CACHED = 1, 2, 3, 4
 MMIO_GENERATION: Final = 2
 
 _LAYOUTS: Final = _core.record_layouts()
@@ -246,7 +246,7 @@ class Snapshot:
     @cached_property
     def live(self) -> Bools:
         """By page: it is in use, as a page of the shadow MMU, of the TDP MMU, or as a PAE root table."""
-        live: Bools = self.pages["on_list"] != LIST_FREE
+        live: Bools = ~np.isin(self.pages["on_list"], (LIST_FREE, LIST_CACHED))
         live[0] = False
         return live
 

@@ -96,16 +96,16 @@ def _read(path: str | Path) -> tuple[_Columns, int]:
     return full, rows
 
 
-def _walk(columns: _Columns, rows: int, dialect: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
+def _walk(columns: _Columns, rows: int, dialect: str, kernel: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
     """The model's answers and the words after each walk."""
     cases = np.zeros(rows, CASE)
     for name in _INPUTS:
         cases[name] = columns[name]
     answers = np.zeros(rows, ANSWER)
     after = np.zeros(len(columns["ent_pa"]), np.uint64)
-    _core.walk_cases(
-        cases, columns["ent_off"], columns["ent_pa"], columns["ent_val"], after, answers, 1 if dialect == "kvm" else 0
-    )
+    kvm = 1 if dialect == "kvm" else 0
+    words = columns["ent_pa"], columns["ent_val"]
+    _core.walk_cases(cases, columns["ent_off"], *words, after, answers, kvm, kernel)
     return answers, after
 
 
@@ -116,7 +116,7 @@ def _answer_text(kind: int, pa: int, page_bits: int, err: int, gpa: int) -> str:
     return f"{name} code {err:#x}" + (f", gpa {gpa:#x}" if kind >= _KIND_NESTED else "")
 
 
-def check(path: str | Path, *, dialect: str = "sdm", show: int = 5) -> FileReport:
+def check(path: str | Path, *, dialect: str = "sdm", show: int = 5, kernel: int = 0) -> FileReport:
     """Walk every row of a vectors file and compare with its answers.
 
     Parameters
@@ -128,6 +128,9 @@ def check(path: str | Path, *, dialect: str = "sdm", show: int = 5) -> FileRepor
         the answer of each row with ``kvm_diff`` 1.
     show : int
         How many disagreements to describe.
+    kernel : int
+        0: each row alone; else as the first of a batch, whose other rows must agree with walking again
+        (``Paging.kernel``).
 
     Returns
     -------
@@ -146,7 +149,7 @@ def check(path: str | Path, *, dialect: str = "sdm", show: int = 5) -> FileRepor
     if dialect not in ("sdm", "kvm"):
         raise ArgumentError(f"dialect is {dialect!r}; allowed are 'sdm' and 'kvm'")
     columns, rows = _read(path)
-    answers, after = _walk(columns, rows, dialect)
+    answers, after = _walk(columns, rows, dialect, kernel)
     theirs = np.zeros(rows, bool) if dialect == "sdm" else columns["kvm_diff"] == 1
     want = {k: np.where(theirs, columns[f"kvm_{k}"], columns[f"exp_{k}"]) for k in _ANSWERS}
     stage = columns["stage"]

@@ -47,7 +47,9 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
         spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
                           vm.switches.mmio_scheme != MMIO_OFF)
     vm.mmu_lock = <kvmmmu_rwlock *>cache_line()
-    if vm.mmu_lock == NULL:
+    vm.lines[0] = <kvmmmu_line *>cache_line()
+    vm.n_lines = 1
+    if vm.mmu_lock == NULL or vm.lines[0] == NULL:
         return BIRTH_NO_MEMORY
     if not vm_slots_init(vm):
         return BIRTH_NO_SLOTS
@@ -61,8 +63,9 @@ cdef inline void vm_bury(Vm *vm) noexcept nogil:
     vm_memory_free(vm)
     free(vm.events.ring)
     for i in range(vm.n_vcpus):
-        free(vm.lines[i])
         free(vm.vcpus[i])
+    for i in range(vm.n_lines):
+        free(vm.lines[i])
     free(vm.mmu_lock)
     free(vm)
 
@@ -80,8 +83,9 @@ cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
         vcpu.id = vm.n_vcpus
         vcpu_reset(vcpu)
         vm.vcpus[vcpu.id] = vcpu
-        vm.lines[vcpu.id] = vcpu.line
+        vm.lines[vcpu.id + 1] = vcpu.line
         # Those who wait for all vCPUs find the line before the vCPU can run.
+        st_release_u32(<uint32_t *>&vm.n_lines, <uint32_t>(vcpu.id + 2))
         st_release_u32(<uint32_t *>&vm.n_vcpus, <uint32_t>(vcpu.id + 1))
     slots_unlock(vm)
     if born != BIRTH_OK:

@@ -6,11 +6,13 @@ laid out in scratch memory, walked with A/D updates, read back and wiped for the
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
-from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.batch cimport BATCH_WALK, translate_many
+from kvmmmu.engine.state cimport MemMap, Translation
+from kvmmmu.engine.translate cimport translate_each
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory, walk_nested, walk_second
 
 cdef enum:
@@ -18,6 +20,7 @@ cdef enum:
     STAGE_OVER_EPT = 1
     STAGE_OVER_NPT = 2
     STAGE_EPT_ONLY = 3
+    KIND_AT_ODDS = 255    # the rows of a batch differ
 
 cdef struct WalkCase:
     uint64_t cr0
@@ -63,7 +66,31 @@ cdef inline uint64_t case_access(const WalkCase *c) noexcept nogil:
     return access
 
 
-cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, WalkAnswer *a) noexcept nogil:
+cdef inline void case_batch(const WalkCase *c, const Paging *guest, const Paging *host, const MemMap *m, int kernel,
+                            WalkAnswer *a) noexcept nogil:
+    """The case as the first row of a batch.  Rows after it must be what walking again gives; else the kind is none."""
+    cdef uint64_t gvas[64]
+    cdef Translation rows[64]
+    cdef Translation again[64]
+    cdef uint64_t other = c.gva ^ (ONE << 62)
+    cdef int i
+    # The same page is never next to itself; the other address is none (64-bit modes) or the same again.
+    if va_canonical(other, guest.va_shift):
+        other = c.gva ^ (ONE << 61)
+    for i in range(64):
+        gvas[i] = other if i & 1 else c.gva
+    translate_many(guest, host, m, gvas, 64, case_access(c), c.ac, True, kernel, rows)
+    translate_each(guest, host, m, gvas, 64, case_access(c), c.ac, True, again)
+    a.kind = rows[0].fault
+    a.pa = rows[0].gpa
+    a.page_bits = rows[0].page_shift
+    a.error_code = rows[0].error_code
+    a.fault_gpa = rows[0].fault_gpa
+    if memcmp(rows + 2, again + 2, 62 * sizeof(Translation)):
+        a.kind = KIND_AT_ODDS
+
+
+cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, int kernel, WalkAnswer *a) noexcept nogil:
     cdef CpuRegs regs
     cdef CpuModel model
     cdef Paging guest, host
@@ -74,6 +101,7 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
     cdef uint64_t second
     memset(&regs, 0, sizeof(regs))
     memset(&model, 0, sizeof(model))
+    memset(&host, 0, sizeof(host))
     memset(a, 0, sizeof(WalkAnswer))
     regs.cr0 = c.cr0
     regs.cr3 = c.cr3
@@ -109,6 +137,9 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
         if guest.format == FMT_PAE and load_pdptrs(m, &hint, c.cr3, &model, guest.pdptr) >= 0:
             a.kind = FAULT_PDPTE
             return
+        if kernel != BATCH_WALK:
+            case_batch(c, &guest, &host, m, kernel, a)
+            return
         fault = walk_memory(&guest, m, &hint, &gw, c.gva, access, c.ac, True)
         case_answer(a, fault, &gw, &gw, 0)
         return
@@ -120,6 +151,9 @@ cdef inline void case_walk(const WalkCase *c, int dialect, const MemMap *m, Walk
         if fault != FAULT_NONE:
             case_answer(a, fault, &hw, &hw, hw.va)
             return
+    if kernel != BATCH_WALK:
+        case_batch(c, &guest, &host, m, kernel, a)
+        return
     fault = walk_nested(&guest, &host, m, &hint, &guest_hint, &gw, &hw, c.gva, access, c.ac, True)
     case_answer(a, fault, &gw, &hw, hw.va)
 
@@ -166,8 +200,8 @@ cdef inline uint64_t *case_word(const MemMap *m, uint64_t pa) noexcept nogil:
 
 
 cdef inline int64_t cases_run(const WalkCase *cases, int64_t n, const int64_t *offsets, const uint64_t *words_pa,
-                              const uint64_t *words, uint64_t *words_after, int dialect, MemMap *scratch,
-                              WalkAnswer *answers) noexcept nogil:
+                              const uint64_t *words, uint64_t *words_after, int dialect, int kernel,
+                              MemMap *scratch, WalkAnswer *answers) noexcept nogil:
     """Walk every case; ``words_after`` gets its memory as the walk left it.
 
     ``scratch`` has its pages' host addresses filled in and zeroed.  Returns -1, or the number
@@ -181,7 +215,7 @@ cdef inline int64_t cases_run(const WalkCase *cases, int64_t n, const int64_t *o
             return i
         for j in range(first, first + count):
             case_word(scratch, words_pa[j])[0] = words[j]
-        case_walk(&cases[i], dialect, scratch, &answers[i])
+        case_walk(&cases[i], dialect, scratch, kernel, &answers[i])
         for j in range(first, first + count):
             words_after[j] = case_word(scratch, words_pa[j])[0]
         for j in range(first, first + count):

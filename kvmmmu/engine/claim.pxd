@@ -1,11 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Who may use a vCPU: one thread at a time, and nobody once the VM is closed.
 
-A claim exchanges the vCPU's word, then reads the VM's; closing exchanges the VM's, then
-reads the vCPUs'.  So at least one of two that meet sees the other, with or without a GIL.
+A claim exchanges the vCPU's line, then reads the VM's word; closing exchanges the VM's, then
+reads the lines.  So at least one of two that meet sees the other, with or without a GIL.
 """
 
-from kvmmmu.engine.atomics cimport ld_acquire_u32, st_release_u32, xchg_u32
+from kvmmmu.engine.atomics cimport (
+    LINE_BUSY, full_barrier, ld_acquire_u32, ld_acquire_u64, line_claim, line_release, st_release_u32, xchg_u32,
+)
 from kvmmmu.engine.state cimport Vcpu, Vm
 
 cdef enum:
@@ -15,24 +17,40 @@ cdef enum:
 
 
 cdef inline int vcpu_claim(Vcpu *vcpu) noexcept nogil:
-    if xchg_u32(&vcpu.busy, 1):
+    if not line_claim(vcpu.line):
         return CLAIM_BUSY
     if ld_acquire_u32(&vcpu.vm.closed):
-        st_release_u32(&vcpu.busy, 0)
+        line_release(vcpu.line)
         return CLAIM_CLOSED
     return CLAIM_OK
 
 
 cdef inline void vcpu_release(Vcpu *vcpu) noexcept nogil:
-    st_release_u32(&vcpu.busy, 0)
+    line_release(vcpu.line)
+
+
+cdef inline bint vcpu_busy(const Vcpu *vcpu) noexcept nogil:
+    return (ld_acquire_u64(&vcpu.line.mode) & LINE_BUSY) != 0
+
+
+cdef inline bint vm_inside(const Vm *vm) noexcept nogil:
+    """Somebody is in the engine: a call that may wait for them should not keep the interpreter."""
+    cdef int i
+    if ld_acquire_u32(&vm.mmu_lock.writer) or ld_acquire_u32(&vm.slots_lock):
+        return True
+    for i in range(vm.n_vcpus):
+        if vcpu_busy(vm.vcpus[i]):
+            return True
+    return False
 
 
 cdef inline int vm_close_begin(Vm *vm) noexcept nogil:
     """-1: no vCPU runs, and none will; else the number of one that does, and the VM stays open."""
     cdef int i
     xchg_u32(&vm.closed, 1)
+    full_barrier()
     for i in range(vm.n_vcpus):
-        if ld_acquire_u32(&vm.vcpus[i].busy):
+        if vcpu_busy(vm.vcpus[i]):
             st_release_u32(&vm.closed, 0)
             return i
     return -1

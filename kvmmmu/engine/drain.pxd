@@ -1,28 +1,39 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """When may a replaced table be freed?  After every reader that could hold it has let go."""
 
-from kvmmmu.engine.state cimport Vm, kvmmmu_line
-from kvmmmu.engine.hooks cimport MUTANT_NO_SYNC, mutant
-from kvmmmu.engine.atomics cimport cmpxchg_u32, cpu_pause, drain_readers, rw_write_lock, rw_write_unlock, st_release_u32
+from kvmmmu.engine.hooks cimport MUTANT_NO_SYNC, POINT_SYNC_WAIT, mutant
+from kvmmmu.engine.state cimport REQ_KICK, Vcpu, Vm
+from kvmmmu.engine.atomics cimport (
+    LINE_GUEST, LINE_SLOTS, fetch_and_u32, fetch_or_u32, full_barrier, ld_acquire_u32, ld_acquire_u64, spin_lock,
+    spin_unlock, wait_line,
+)
 
 
 cdef inline void vm_drain(Vm *vm) noexcept nogil:
-    """Wait for every walk and every fault that began before; the caller is none of them and holds no mmu_lock."""
+    """Wait for every access and every fault that began before; the caller runs no vCPU and holds no mmu_lock.
+
+    A batch that stays in the guest is asked to leave it once.
+    """
+    cdef Vcpu *vcpu
+    cdef bint kicked
+    cdef int i
     if mutant(vm, MUTANT_NO_SYNC):
         return
-    drain_readers(vm.lines, vm.n_vcpus, NULL)
-    # A fault holds mmu_lock for read while it uses a slot: becoming the writer once waits for it.
-    rw_write_lock(vm.mmu_lock, vm.lines, vm.n_vcpus)
-    rw_write_unlock(vm.mmu_lock)
+    full_barrier()
+    for i in range(<int>ld_acquire_u32(<const unsigned *>&vm.n_vcpus)):
+        vcpu = vm.vcpus[i]
+        kicked = (ld_acquire_u64(&vcpu.line.mode) & LINE_GUEST) != 0
+        if kicked:
+            fetch_or_u32(&vcpu.requests, REQ_KICK)
+        wait_line(vcpu.line, LINE_SLOTS, POINT_SYNC_WAIT)
+        if kicked:
+            fetch_and_u32(&vcpu.requests, ~<unsigned>REQ_KICK)
 
 
 cdef inline void slots_lock(Vm *vm) noexcept nogil:
     """Taken first of all locks: slots_lock, then vcpu, then mmu_lock."""
-    cdef unsigned spins = 0
-    while not cmpxchg_u32(&vm.slots_lock, 0, 1):
-        cpu_pause(spins)
-        spins += 1
+    spin_lock(&vm.slots_lock)
 
 
 cdef inline void slots_unlock(Vm *vm) noexcept nogil:
-    st_release_u32(&vm.slots_lock, 0)
+    spin_unlock(&vm.slots_lock)

@@ -9,11 +9,11 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs, Paging
+from kvmmmu.engine.batch cimport translate_many
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release
 from kvmmmu.engine.registers cimport REG_OK, load_cr3, set_sregs
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport Access, MemMap, OUTCOME_OK, Translation, Vcpu
-from kvmmmu.engine.translate cimport translate_many
 from kvmmmu.engine.vcpu cimport vcpu_access
 
 cdef extern from "kvmmmu/capi.h" nogil:
@@ -48,6 +48,7 @@ cdef struct Tables:
     const Paging *guest
     const Paging *host    # format FMT_NONE: no second dimension
     const MemMap *map
+    int kernel            # BATCH_*
 
 
 cdef inline bint how_legal(uint32_t how, uint32_t allowed) noexcept nogil:
@@ -243,7 +244,7 @@ cdef inline int embed_translate(const Tables *tables, const uint64_t *gvas, size
     if cpl == 3 and not how & KVMMMU_IMPLICIT:
         access |= PFERR_USER
     translate_many(tables.guest, tables.host, tables.map, gvas, <int64_t>n, access, how & KVMMMU_AC != 0,
-                   how & KVMMMU_SET_AD != 0, out)
+                   how & KVMMMU_SET_AD != 0, tables.kernel, out)
     return KVMMMU_OK
 
 

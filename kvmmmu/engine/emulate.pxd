@@ -5,6 +5,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_GP, permission_fault
+from kvmmmu.engine.atomics cimport guest_load, guest_store
 from kvmmmu.engine.events cimport MMIO_WRITE, ev_inj_exception, ev_match_mmio, ev_mmio
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hooks cimport POINT_STORED, hook
@@ -91,13 +92,13 @@ cdef inline bint piece_memory(Vcpu *vcpu, uint64_t gpa, uint64_t access, int siz
     if not access & PFERR_WRITE:
         host_read(vcpu.vm, slot, gpa >> 12)
         if data != NULL:
-            memcpy(data, host, size)
+            guest_load(data, host, <unsigned>size)
         return True
     if slot_readonly(slot):
         return False
     host_write(vcpu.vm, slot, gpa >> 12)
     if data != NULL:
-        memcpy(host, data, size)
+        guest_store(host, data, <unsigned>size)
     slot_mark_dirty(slot, gpa >> 12)
     hook(vcpu, POINT_STORED)
     track_write(vcpu, gpa, size)

@@ -10,7 +10,7 @@ from kvmmmu.bits.shadow_walk cimport shadow_walk
 from kvmmmu.bits.spte cimport (
     spte_acc_tracked, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present, spte_writable,
 )
-from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32
+from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32, ld_acquire_u64, ld_u32
 from kvmmmu.engine.events cimport (
     ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio,
 )
@@ -29,14 +29,14 @@ from kvmmmu.engine.locks cimport (
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport level_pages, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_fill, mmio_match_gpa, mmio_match_gva
-from kvmmmu.engine.pages cimport page_at, page_obsolete, root_table
+from kvmmmu.engine.pages cimport cache_fill, page_at, page_obsolete, root_table
 from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
 from kvmmmu.engine.shadow cimport direct_map, flooding_clear_path, shadow_map
 from kvmmmu.engine.state cimport (
-    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, REQ_FREE_OBSOLETE_ROOTS, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT,
-    VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
+    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, REQ_FREE_OBSOLETE_ROOTS, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SLOW,
+    VSTAT_MMIO_SPTE_HIT, VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
 )
-from kvmmmu.engine.tdp cimport tdp_map
+from kvmmmu.engine.tdp cimport TDP_FAULT_PAGES, tdp_map, tdp_reap
 from kvmmmu.engine.track cimport gfn_write_tracked
 from kvmmmu.engine.zap cimport make_pages_available, unprotect_gfn
 
@@ -123,7 +123,7 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
         sptep = last_sptep(vm, vcpu.root.page, f.addr, &level)
         if sptep == NULL:
             break
-        spte = sptep[0]
+        spte = ld_acquire_u64(sptep)
         new_ = spte
         if not spte_present(spte) or not spte_is_last(spte, level):
             break
@@ -165,7 +165,7 @@ cdef inline uint64_t *last_sptep(Vm *vm, int32_t root, uint64_t address, int *le
     cdef uint64_t spte
     while table:
         sptep = vm.arena.sptes + (<uint64_t>table << 9) + ((address >> (12 + 9 * (level[0] - 1))) & 511)
-        spte = sptep[0]
+        spte = ld_acquire_u64(sptep)
         if level[0] == LEVEL_4K or not spte_present(spte) or spte & PT_PAGE_SIZE_MASK:
             return sptep
         table = <int32_t>((spte & PT_ADDR_MASK) >> 12)
@@ -202,7 +202,7 @@ cdef inline int fault_pfn(Vcpu *vcpu, Fault *f) noexcept nogil:
 cdef inline bint fault_stale(Vcpu *vcpu, const Fault *f) noexcept nogil:
     """The root, or the host's page, went away between the fault and the lock."""
     cdef int32_t root = vcpu.root.page
-    if f.slot != NULL and f.seq != vcpu.vm.notifier_seq:
+    if f.slot != NULL and (vcpu.vm.notifier_active or f.seq != vcpu.vm.notifier_seq):
         return True
     if root == 0:
         return True
@@ -237,10 +237,16 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         return ret
     hook(vcpu, POINT_FAULT_PFN)
     if page_at(vm, vcpu.root.page).tdp:
+        cache_fill(vcpu, TDP_FAULT_PAGES)
         mmu_read_lock(vcpu)
         hook(vcpu, POINT_FAULT_LOCKED)
         ret = RET_PF_RETRY if fault_stale(vcpu, f) else tdp_map(vcpu, f)
         mmu_read_unlock(vcpu)
+        if ld_u32(&vm.arena.doomed):
+            # Other faults may still be in what this one took down.
+            mmu_write_lock(vm)
+            tdp_reap(vm)
+            mmu_write_unlock(vm)
         return ret
     mmu_write_lock(vm)
     hook(vcpu, POINT_FAULT_LOCKED)
@@ -332,7 +338,7 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
         f.user = (error_code & PFERR_USER) != 0
         f.present = (error_code & PFERR_PRESENT) != 0
         f.rsvd = (error_code & PFERR_RSVD) != 0
-        f.seq = vm.notifier_seq
+        f.seq = ld_acquire_u32(&vm.notifier_seq)
         f.prefetch = 0
         f.map_writable = 0
         f.self_change = 0

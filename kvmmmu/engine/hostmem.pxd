@@ -331,6 +331,7 @@ cdef inline MemMap *hostmem_commit_bind(Vm *vm, HostPlan *plan) noexcept nogil:
 cdef inline void states_forget(Vm *vm, uint64_t pfn, uint64_t npages) noexcept nogil:
     """Frames given back: whoever gets them next has pages that are there."""
     if vm.host_states_used and pfn < HOST_STATES:
+        # No reader is left: the slots that held them are gone.
         memset(vm.host_states + pfn, 0, <size_t>(npages if npages < HOST_STATES - pfn else HOST_STATES - pfn))
 
 

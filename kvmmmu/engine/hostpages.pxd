@@ -8,8 +8,8 @@ default) never looks at them.
 """
 
 from libc.stdint cimport uint8_t, uint64_t
-from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
+from kvmmmu.engine.atomics cimport ld_u8, spin_lock, spin_unlock, st_u8
 from kvmmmu.engine.memslots cimport level_pages, slot_host, slot_host_level, slot_pfn
 from kvmmmu.engine.state cimport HOST_STATES, Slot, Vm
 
@@ -25,19 +25,22 @@ cdef enum:
 
 
 cdef inline uint8_t host_state(const Vm *vm, uint64_t pfn) noexcept nogil:
-    if not vm.host_states_used or pfn >= HOST_STATES:
+    if not ld_u8(&vm.host_states_used) or pfn >= HOST_STATES:
         return HOSTPAGE_PRESENT
-    return vm.host_states[pfn]
+    return ld_u8(&vm.host_states[pfn])
 
 cdef inline void host_state_set(Vm *vm, uint64_t pfn, uint64_t n, uint8_t state) noexcept nogil:
+    """Under host_lock."""
+    cdef uint64_t i
     if pfn + n <= HOST_STATES:
-        memset(vm.host_states + pfn, state, <size_t>n)
+        for i in range(n):
+            st_u8(&vm.host_states[pfn + i], state)
 
 
 cdef inline bint host_block_absent(const Vm *vm, uint64_t first) noexcept nogil:
     cdef uint64_t i
     for i in range(level_pages(LEVEL_2M)):
-        if vm.host_states[first + i] & HOSTPAGE_STATE != HOSTPAGE_ABSENT:
+        if ld_u8(&vm.host_states[first + i]) & HOSTPAGE_STATE != HOSTPAGE_ABSENT:
             return False
     return True
 
@@ -53,11 +56,14 @@ cdef inline void host_populate(Vm *vm, const Slot *slot, uint64_t gfn, uint64_t 
 cdef inline void host_read(Vm *vm, const Slot *slot, uint64_t gfn) noexcept nogil:
     """Somebody reads a page through the host's mapping."""
     cdef uint64_t pfn
-    if not vm.host_states_used:
+    if not ld_u8(&vm.host_states_used):
         return
     pfn = slot_pfn(slot, gfn)
     if host_state(vm, pfn) & HOSTPAGE_STATE == HOSTPAGE_ABSENT:
-        host_state_set(vm, pfn, 1, HOSTPAGE_ZERO | HOSTPAGE_SMALL)
+        spin_lock(&vm.host_lock)
+        if host_state(vm, pfn) & HOSTPAGE_STATE == HOSTPAGE_ABSENT:
+            host_state_set(vm, pfn, 1, HOSTPAGE_ZERO | HOSTPAGE_SMALL)
+        spin_unlock(&vm.host_lock)
 
 cdef inline bint host_write(Vm *vm, const Slot *slot, uint64_t gfn) noexcept nogil:
     """Somebody writes a page through the host's mapping.  True: KVM was notified that it moved.
@@ -66,20 +72,25 @@ cdef inline bint host_write(Vm *vm, const Slot *slot, uint64_t gfn) noexcept nog
     """
     cdef uint64_t pfn
     cdef uint8_t state
-    if not vm.host_states_used:
+    if not ld_u8(&vm.host_states_used):
         return False
     pfn = slot_pfn(slot, gfn)
+    if host_state(vm, pfn) & HOSTPAGE_STATE == HOSTPAGE_PRESENT:
+        return False
+    spin_lock(&vm.host_lock)
     state = host_state(vm, pfn) & HOSTPAGE_STATE
     if state == HOSTPAGE_ABSENT:
         host_populate(vm, slot, gfn, pfn)
     elif state == HOSTPAGE_ZERO:
         host_state_set(vm, pfn, 1, HOSTPAGE_PRESENT | HOSTPAGE_SMALL)
+    spin_unlock(&vm.host_lock)
+    if state == HOSTPAGE_ZERO:
         vm.notify_replaced(vm, slot_host(slot, gfn))
         return True
     return False
 
 cdef inline int host_level(const Vm *vm, const Slot *slot, uint64_t gfn) noexcept nogil:
     """The largest page the host maps a gfn with now."""
-    if vm.host_states_used and host_state(vm, slot_pfn(slot, gfn)) != HOSTPAGE_PRESENT:
+    if ld_u8(&vm.host_states_used) and host_state(vm, slot_pfn(slot, gfn)) != HOSTPAGE_PRESENT:
         return LEVEL_4K
     return slot_host_level(slot, gfn)

@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_NONE
-from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, guest_store
 from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulate_transfer, inject_guest_fault
 from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, ev_emulate_insn, ev_mmio
 from kvmmmu.engine.guest cimport guest_host, guest_walk
@@ -191,7 +191,7 @@ cdef inline int emulate_locked(Vcpu *vcpu, Insn *insn, uint64_t seen, uint64_t d
     elif insn.size == 4 and not gpa & 3:
         same = cmpxchg_u32(<uint32_t *>host, <uint32_t>seen, <uint32_t>data)
     else:
-        memcpy(host, &data, insn.size)
+        guest_store(host, &data, insn.size)
     slot_mark_dirty(slot, gpa >> 12)
     if same:
         track_write(vcpu, gpa, insn.size)

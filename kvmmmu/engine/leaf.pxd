@@ -9,6 +9,7 @@ from kvmmmu.bits.spte cimport (
 )
 from kvmmmu.engine.events cimport ev_mark_mmio_spte, ev_set_spte
 from kvmmmu.engine.hooks cimport POINT_SPTE_WRITE, hook
+from kvmmmu.engine.locks cimport readers_drain
 from kvmmmu.engine.lookup cimport slot_mark_dirty
 from kvmmmu.engine.memslots cimport gfn_to_rmap, slots_generation, vm_slots
 from kvmmmu.engine.memslots cimport level_pages
@@ -161,6 +162,10 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
     if spte_read(sptep) == spte:
         ret = RET_PF_SPURIOUS
     else:
+        if flush:
+            # A processor that walked the old leaf is about to ask which gfn it stood for.
+            readers_drain(vm)
+        spte_set_shadowed(vm, index, gfn, access)
         flush |= spte_update(vm, sptep, spte)
         ev_set_spte(vm, vcpu.id, gfn, spte, index, level)
     if refused and fault != NULL and fault.write:

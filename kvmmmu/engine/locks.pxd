@@ -2,21 +2,22 @@
 """mmu_lock, the vCPU's line and requests, by the names the engine uses."""
 
 from libc.stdint cimport uint32_t
-from kvmmmu.engine.atomics cimport fetch_and_u32, fetch_or_u32, ld_acquire_u32
+from kvmmmu.engine.atomics cimport fetch_and_u32, fetch_or_u32, guest_exit, in_guest, ld_acquire_u32
 from kvmmmu.engine.state cimport Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock
 
 cdef extern from "kvmmmu/lock.h" nogil:
     void kvmmmu_read_lock(kvmmmu_rwlock *lock, kvmmmu_line *line)
     void kvmmmu_read_unlock(kvmmmu_line *line)
-    void kvmmmu_write_lock(kvmmmu_rwlock *lock, kvmmmu_line **lines, int n)
+    void kvmmmu_write_lock(kvmmmu_rwlock *lock, kvmmmu_line **lines, const int *n)
     void kvmmmu_write_unlock(kvmmmu_rwlock *lock)
     void kvmmmu_reading_begin(kvmmmu_line *line)
     void kvmmmu_reading_end(kvmmmu_line *line)
-    void kvmmmu_drain_readers(kvmmmu_line **lines, int n, const kvmmmu_line *self)
+    void kvmmmu_drain_readers(kvmmmu_line **lines, const int *n)
 
 
 cdef inline void mmu_write_lock(Vm *vm) noexcept nogil:
-    kvmmmu_write_lock(vm.mmu_lock, vm.lines, vm.n_vcpus)
+    """A vCPU has left the guest before: in it, it must not wait."""
+    kvmmmu_write_lock(vm.mmu_lock, vm.lines, &vm.n_lines)
 
 cdef inline void mmu_write_unlock(Vm *vm) noexcept nogil:
     kvmmmu_write_unlock(vm.mmu_lock)
@@ -26,6 +27,22 @@ cdef inline void mmu_read_lock(Vcpu *vcpu) noexcept nogil:
 
 cdef inline void mmu_read_unlock(Vcpu *vcpu) noexcept nogil:
     kvmmmu_read_unlock(vcpu.line)
+
+cdef inline void vm_read_lock(Vm *vm) noexcept nogil:
+    """mmu_lock for read by whoever holds slots_lock and is no vCPU."""
+    kvmmmu_read_lock(vm.mmu_lock, vm.lines[0])
+
+cdef inline void vm_read_unlock(Vm *vm) noexcept nogil:
+    kvmmmu_read_unlock(vm.lines[0])
+
+cdef inline void readers_drain(Vm *vm) noexcept nogil:
+    """Wait for walkers, the processor's and KVM's, that began before; the caller is none of them."""
+    kvmmmu_drain_readers(vm.lines, &vm.n_lines)
+
+cdef inline void guest_leave(Vcpu *vcpu) noexcept nogil:
+    """A VM exit, if the vCPU is in the guest."""
+    if in_guest(vcpu.line):
+        guest_exit(vcpu.line)
 
 
 cdef inline void request(Vcpu *vcpu, uint32_t what) noexcept nogil:
@@ -40,5 +57,5 @@ cdef inline bint request_take(Vcpu *vcpu, uint32_t what) noexcept nogil:
 
 cdef inline void request_all(Vm *vm, uint32_t what) noexcept nogil:
     cdef int i
-    for i in range(vm.n_vcpus):
+    for i in range(<int>ld_acquire_u32(<const uint32_t *>&vm.n_vcpus)):
         request(vm.vcpus[i], what)

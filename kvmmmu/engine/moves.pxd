@@ -11,6 +11,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FAULT_NONE, FAULT_PDPTE
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
+from kvmmmu.engine.locks cimport guest_leave
 from kvmmmu.engine.registers cimport REG_GP, REG_OK, cr3_legal, load_cr3, mov_cr0, mov_cr4
 from kvmmmu.engine.roles cimport guest_formats, is_pae_paging
 from kvmmmu.engine.state cimport Access, MMU_EPT, Vcpu
@@ -28,6 +29,7 @@ cdef inline int pdptrs_by_processor(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
     while not enter_ends(vcpu, &out):
         fault = load_pdptrs_nested(&vcpu.hw, vm_hostmem(vcpu.vm), &vcpu.table_hint, &vcpu.nested, cr3, &vcpu.model,
                                    loaded, True)
+        guest_leave(vcpu)
         if fault == FAULT_NONE:
             memcpy(vcpu.regs.pdptr, loaded, sizeof(loaded))
             return REG_OK
@@ -49,6 +51,7 @@ cdef inline int vcpu_move_to_cr(Vcpu *vcpu, int n, uint64_t value) noexcept nogi
     """MOV to CR0, CR3 or CR4.  REG_GP: #GP(0), nothing changed."""
     cdef bint pae = is_pae_paging(vcpu)
     cdef int result
+    guest_leave(vcpu)
     if vcpu.vm.mmu == MMU_EPT:
         if n == 3 and pae:
             if not cr3_legal(vcpu, value):

@@ -2,9 +2,9 @@
 """What the host's memory manager tells KVM: pages unmapped, pages replaced."""
 
 from libc.stdint cimport uint8_t, uint64_t
-from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
+from kvmmmu.engine.atomics cimport guest_store, spin_lock, spin_unlock, st_release_u32, st_u8
 from kvmmmu.engine.events cimport ev_set_spte_hva, ev_unmap_hva_range
 from kvmmmu.engine.hooks cimport MUTANT_NO_SEQ, POINT_NOTIFIER, hook, mutant
 from kvmmmu.engine.hostpages cimport (
@@ -64,7 +64,7 @@ cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept 
     if not any:
         return
     if not mutant(vm, MUTANT_NO_SEQ):
-        vm.notifier_seq += 1
+        st_release_u32(&vm.notifier_seq, vm.notifier_seq + 1)
     hook(vm, POINT_NOTIFIER)
     if flush:
         flush_remote_tlbs(vm)
@@ -86,30 +86,55 @@ cdef inline void huge_page_split(Vm *vm, Slot *slot, uint64_t gfn, uint64_t firs
     start = gfn - (pfn & (pages - 1))
     if start >= first and start + pages <= end:
         return
+    spin_lock(&vm.host_lock)
     host_state_set(vm, pfn & ~(pages - 1), pages, HOSTPAGE_PRESENT | HOSTPAGE_SMALL)
+    spin_unlock(&vm.host_lock)
     unmap_hva_range(vm, slot.hva + ((start - slot.base_gfn) << 12), slot.hva + ((start + pages - slot.base_gfn) << 12))
 
 
+cdef inline void invalidate_begin(Vm *vm) noexcept nogil:
+    """Host pages are about to change: whoever then faults tries again (``invalidate_range_start``)."""
+    mmu_write_lock(vm)
+    vm.notifier_active += 1
+    mmu_write_unlock(vm)
+
+cdef inline void invalidate_end(Vm *vm) noexcept nogil:
+    mmu_write_lock(vm)
+    st_release_u32(&vm.notifier_seq, vm.notifier_seq + 1)
+    vm.notifier_active -= 1
+    mmu_write_unlock(vm)
+
+
 cdef inline void slot_dontneed(Vm *vm, Slot *slot, uint64_t first, uint64_t npages) noexcept nogil:
-    """madvise(MADV_DONTNEED) on pages of a slot's memory: they read as zero until touched again."""
+    """madvise(MADV_DONTNEED) on pages of a slot's memory: they read as zero until touched again.  Under slots_lock.
+
+    From the first unmapping until the pages are gone no fault maps anything (``mmu_notifier_retry``).
+    """
     cdef uint8_t *hva = slot.hva + (first << 12)
     cdef uint64_t gfn = slot.base_gfn + first
-    cdef uint64_t end = gfn + npages, i
+    cdef uint64_t end = gfn + npages, zero = 0, i
     if npages == 0:
         return
-    vm.host_states_used = 1
+    invalidate_begin(vm)
+    st_u8(&vm.host_states_used, 1)
     unmap_hva_range(vm, hva, hva + (npages << 12))
     # Only the first and the last block can be cut.
     huge_page_split(vm, slot, gfn, gfn, end)
     huge_page_split(vm, slot, end - 1, gfn, end)
+    spin_lock(&vm.host_lock)
     for i in range(npages):
         host_state_set(vm, slot_pfn(slot, gfn + i), 1, HOSTPAGE_ABSENT | HOSTPAGE_SMALL)
-    memset(hva, 0, <size_t>(npages << 12))
+    for i in range(npages << 9):
+        guest_store(hva + 8 * i, &zero, 8)
+    spin_unlock(&vm.host_lock)
+    invalidate_end(vm)
 
 
 cdef inline void slot_never_touched(Vm *vm, Slot *slot, uint64_t first, uint64_t npages) noexcept nogil:
     """Declare pages of a slot's memory untouched so far; nothing maps them yet."""
     cdef uint64_t i
-    vm.host_states_used = 1
+    st_u8(&vm.host_states_used, 1)
+    spin_lock(&vm.host_lock)
     for i in range(npages):
         host_state_set(vm, slot_pfn(slot, slot.base_gfn + first + i), 1, HOSTPAGE_ABSENT)
+    spin_unlock(&vm.host_lock)

@@ -5,7 +5,10 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport (
-    HASH_BITS, LIST_ACTIVE, LIST_FREE, LIST_INVALID, LIST_NONE, PageList, ShadowPage, Vm,
+    HASH_BITS, LIST_ACTIVE, LIST_CACHED, LIST_FREE, LIST_INVALID, LIST_NONE, PAGE_CACHE, PageList, ShadowPage, Vcpu, Vm,
+)
+from kvmmmu.engine.atomics cimport (
+    ld_acquire_u64, ld_u16, ld_u32, ld_u64, ld_u8, spin_lock, spin_unlock, st_u16, st_u32, st_u64,
 )
 
 # ---- roles ------------------------------------------------------------------
@@ -60,11 +63,12 @@ cdef inline int level_index(uint64_t address, int level) noexcept nogil:
 cdef inline uint64_t spte_gfn(Vm *vm, uint64_t index) noexcept nogil:
     """The gfn an entry stands for: recorded where a guest table decides, linear elsewhere."""
     cdef ShadowPage *sp = page_at(vm, spte_page(index))
-    if sp.role & ROLE_PASSTHROUGH:
+    cdef uint32_t role = page_role(sp)
+    if role & ROLE_PASSTHROUGH:
         return sp.gfn
-    if not sp.role & ROLE_DIRECT:
-        return vm.arena.shadowed[index] >> 12
-    return sp.gfn + ((index & 511) << (9 * (role_level(sp.role) - 1)))
+    if not role & ROLE_DIRECT:
+        return ld_u64(&vm.arena.shadowed[index]) >> 12
+    return sp.gfn + ((index & 511) << (9 * (role_level(role) - 1)))
 
 cdef inline uint32_t spte_access(Vm *vm, uint64_t index) noexcept nogil:
     cdef ShadowPage *sp = page_at(vm, spte_page(index))
@@ -75,13 +79,24 @@ cdef inline uint32_t spte_access(Vm *vm, uint64_t index) noexcept nogil:
 
 cdef inline void spte_set_shadowed(Vm *vm, uint64_t index, uint64_t gfn, uint32_t access) noexcept nogil:
     if role_has_gptes(page_at(vm, spte_page(index)).role):
-        vm.arena.shadowed[index] = (gfn << 12) | access
+        st_u64(&vm.arena.shadowed[index], (gfn << 12) | access)
+
+cdef inline uint32_t page_role(const ShadowPage *sp) noexcept nogil:
+    """For readers without mmu_lock: another thread may just be making the page invalid."""
+    return ld_u32(&sp.role)
 
 cdef inline bint page_obsolete(Vm *vm, const ShadowPage *sp) noexcept nogil:
     """Zapped, or left behind by a fast zap of everything."""
-    if sp.role & ROLE_INVALID:
+    if page_role(sp) & ROLE_INVALID:
         return True
-    return not sp.tdp and sp.valid_gen != vm.valid_gen
+    return not sp.tdp and sp.valid_gen != ld_u8(&vm.valid_gen)
+
+cdef inline void page_invalidate(ShadowPage *sp) noexcept nogil:
+    st_u32(&sp.role, sp.role | ROLE_INVALID)
+
+cdef inline bint page_lags(const ShadowPage *sp) noexcept nogil:
+    """It, or a page below it, is unsync; asked without mmu_lock."""
+    return ld_u8(&sp.unsync) or ld_u16(&sp.unsync_children)
 
 # ---- lists (doubly linked by id; 0 ends) --------------------------------------
 
@@ -168,27 +183,71 @@ cdef inline int32_t gfn_page_from(Vm *vm, int32_t id, uint64_t gfn) noexcept nog
 
 # ---- allocation -----------------------------------------------------------------
 
-cdef inline int32_t page_alloc(Vm *vm) noexcept nogil:
-    """A page with 512 empty sptes and zeroed metadata; 0 at the hard limit."""
-    cdef int32_t id = vm.arena.free
+cdef inline int32_t page_take(Vm *vm) noexcept nogil:
+    """The id of a page with 512 empty sptes; 0 at the hard limit."""
+    cdef int32_t id
+    spin_lock(&vm.arena.lock)
+    id = vm.arena.free
     if id:
         vm.arena.free = page_at(vm, id).list_next
     elif vm.arena.top < vm.arena.limit:
         id = vm.arena.top
         vm.arena.top += 1
-    else:
-        return 0
-    memset(page_at(vm, id), 0, sizeof(ShadowPage))
-    memset(vm.arena.unsync_bits + (<uint64_t>id << 3), 0, 64)
+    spin_unlock(&vm.arena.lock)
     return id
+
+cdef inline int32_t page_ready(Vm *vm, int32_t id) noexcept nogil:
+    """Zero the metadata of a page just taken."""
+    if id:
+        memset(page_at(vm, id), 0, sizeof(ShadowPage))
+        memset(vm.arena.unsync_bits + (<uint64_t>id << 3), 0, 64)
+    return id
+
+cdef inline int32_t page_alloc(Vm *vm) noexcept nogil:
+    """A page with 512 empty sptes and zeroed metadata; 0 at the hard limit."""
+    return page_ready(vm, page_take(vm))
+
+cdef inline void page_give(Vm *vm, int32_t id) noexcept nogil:
+    """The page, empty again, goes to the free list."""
+    spin_lock(&vm.arena.lock)
+    page_at(vm, id).on_list = LIST_FREE
+    page_at(vm, id).list_next = vm.arena.free
+    vm.arena.free = id
+    spin_unlock(&vm.arena.lock)
 
 cdef inline void page_free(Vm *vm, int32_t id) noexcept nogil:
     """Only after a flush: walkers may hold the page until then."""
-    cdef ShadowPage *sp = page_at(vm, id)
     memset(page_sptes(vm, id), 0, 4096)
-    sp.on_list = LIST_FREE
-    sp.list_next = vm.arena.free
-    vm.arena.free = id
+    page_give(vm, id)
+
+
+cdef inline void cache_fill(Vcpu *vcpu, int n) noexcept nogil:
+    """Take up to ``n`` free pages (at most PAGE_CACHE) before mmu_lock: under it for read nobody touches the arena."""
+    cdef int32_t id
+    while vcpu.n_free_pages < n:
+        id = page_take(vcpu.vm)
+        if id == 0:
+            return
+        page_at(vcpu.vm, id).on_list = LIST_CACHED
+        vcpu.free_pages[vcpu.n_free_pages] = id
+        vcpu.n_free_pages += 1
+
+cdef inline int32_t cache_alloc(Vcpu *vcpu) noexcept nogil:
+    if vcpu.n_free_pages == 0:
+        return 0
+    vcpu.n_free_pages -= 1
+    return page_ready(vcpu.vm, vcpu.free_pages[vcpu.n_free_pages])
+
+cdef inline void cache_return(Vcpu *vcpu, int32_t id) noexcept nogil:
+    """A page that was never linked, so nobody else has seen it; all its entries are empty."""
+    page_at(vcpu.vm, id).on_list = LIST_CACHED
+    vcpu.free_pages[vcpu.n_free_pages] = id
+    vcpu.n_free_pages += 1
+
+cdef inline void cache_drop(Vcpu *vcpu) noexcept nogil:
+    while vcpu.n_free_pages:
+        vcpu.n_free_pages -= 1
+        page_give(vcpu.vm, vcpu.free_pages[vcpu.n_free_pages])
 
 # ---- the top of a walk ----------------------------------------------------------------
 
@@ -199,9 +258,9 @@ cdef inline int32_t root_table(Vm *vm, int32_t root, uint64_t address, int *leve
     """
     cdef uint64_t pdpte
     if not page_at(vm, root).special:
-        level[0] = role_level(page_at(vm, root).role)
+        level[0] = role_level(page_role(page_at(vm, root)))
         return root
-    pdpte = page_sptes(vm, root)[(address >> 30) & 3]
+    pdpte = ld_acquire_u64(page_sptes(vm, root) + ((address >> 30) & 3))
     level[0] = LEVEL_2M
     return <int32_t>((pdpte & PT_ADDR_MASK) >> 12)
 
@@ -217,7 +276,7 @@ cdef inline bint unsync_bit_set(Vm *vm, int32_t id, int entry) noexcept nogil:
     if word[0] & bit:
         return False
     word[0] |= bit
-    page_at(vm, id).unsync_children += 1
+    st_u16(&page_at(vm, id).unsync_children, page_at(vm, id).unsync_children + 1)
     return True
 
 cdef inline void unsync_bit_clear(Vm *vm, int32_t id, int entry) noexcept nogil:
@@ -225,4 +284,4 @@ cdef inline void unsync_bit_clear(Vm *vm, int32_t id, int entry) noexcept nogil:
     cdef uint64_t bit = ONE << (entry & 63)
     if word[0] & bit:
         word[0] &= ~bit
-        page_at(vm, id).unsync_children -= 1
+        st_u16(&page_at(vm, id).unsync_children, page_at(vm, id).unsync_children - 1)

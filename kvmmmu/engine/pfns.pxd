@@ -3,6 +3,7 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
+from kvmmmu.engine.atomics cimport ld_u8
 from kvmmmu.engine.hostpages cimport (
     HOSTPAGE_PRESENT, HOSTPAGE_STATE, HOSTPAGE_ZERO, ZERO_PFN, host_level, host_read, host_state, host_write,
 )
@@ -25,7 +26,7 @@ cdef inline uint64_t gfn_to_pfn(Vm *vm, const Slot *slot, uint64_t gfn, bint wri
     if write and slot_readonly(slot):
         return PFN_ERR_RO_FAULT
     pfn = slot_pfn(slot, gfn)
-    if vm.host_states_used:
+    if ld_u8(&vm.host_states_used):
         if write:
             host_write(vm, slot, gfn)
         else:

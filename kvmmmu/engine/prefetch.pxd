@@ -74,7 +74,7 @@ cdef inline void prefetch_window(Vcpu *vcpu, uint64_t index) noexcept nogil:
     cdef int i
     cdef uint8_t *host
     cdef uint64_t here
-    if role_level(sp.role) > LEVEL_4K:
+    if role_level(sp.role) > LEVEL_4K or vm.notifier_active:
         return
     if sp.role & ROLE_DIRECT:
         prefetch_direct(vcpu, index)

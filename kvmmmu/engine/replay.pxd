@@ -4,6 +4,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs
+from kvmmmu.engine.locks cimport guest_leave
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
 from kvmmmu.engine.registers cimport REG_OK, set_sregs
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
@@ -130,6 +131,7 @@ cdef inline bint replay_state(Vcpu *vcpu, uint64_t cr3, uint64_t cr0_cr4, uint64
     vcpu.ac = (efer_flags >> 50) & 1
     if regs.cr0 == cr0 and regs.cr3 == cr3 and regs.cr4 == cr4 and regs.efer == efer:
         return True
+    guest_leave(vcpu)
     if regs.cr0 == cr0 and regs.cr4 == cr4 and regs.efer == efer:
         return vcpu_move_to_cr(vcpu, 3, cr3) == REG_OK
     regs.cr0 = cr0
@@ -169,6 +171,7 @@ cdef inline void replay_event(Vcpu *vcpu, ReplayTotals *t, const TraceColumns *e
     elif kind == TRACE_PF:
         replay_fault(vcpu, t, i, a, b)
     elif kind == TRACE_INVLPG:
+        guest_leave(vcpu)
         if b & 1:
             vcpu_invlpg(vcpu, a)
         else:

@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport va_canonical
-from kvmmmu.engine.atomics cimport ld_acquire_u32
+from kvmmmu.engine.atomics cimport guest_enter, guest_exit, in_guest, ld_acquire_u32, st_u32
 from kvmmmu.engine.locks cimport (
     ld_acquire_u32, mmu_write_lock, mmu_write_unlock, request, request_take,
 )
@@ -12,14 +12,15 @@ from kvmmmu.engine.lookup cimport vcpu_slot
 from kvmmmu.engine.memslots cimport slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_clear_all, mmio_cache_clear_gva
 from kvmmmu.engine.pages cimport (
-    page_alloc, page_at, page_obsolete, page_sptes, role_level, role_with_level, role_with_quadrant, root_table,
+    cache_drop, page_alloc, page_at, page_lags, page_obsolete, page_role, page_sptes,
+    role_level, role_with_level, role_with_quadrant, root_table,
 )
 from kvmmmu.engine.roles cimport hw_root, is_paging, roles_refresh, tdp_enabled
 from kvmmmu.engine.shadow cimport page_get
 from kvmmmu.engine.state cimport (
     ERR_NOSPC, PREV_ROOTS, PageList, REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH,
-    REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, REQ_TRIPLE_FAULT, Root, ShadowPage, VSTAT_INVLPG, VSTAT_TLB_FLUSH,
-    Vcpu, Vm,
+    REQ_KICK, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, REQ_TRIPLE_FAULT, Root, ShadowPage, VSTAT_INVLPG,
+    VSTAT_TLB_FLUSH, Vcpu, Vm,
 )
 from kvmmmu.engine.sync cimport sync_children, sync_gva
 from kvmmmu.engine.tdp cimport tdp_root_get, tdp_root_put, tdp_zap_everything
@@ -218,7 +219,7 @@ cdef inline void roots_sync(Vcpu *vcpu) noexcept nogil:
     mmio_cache_clear_all(vcpu)
     sp = page_at(vm, vcpu.root.page)
     if not sp.special:
-        if sp.unsync or sp.unsync_children:
+        if page_lags(sp):
             mmu_write_lock(vm)
             sync_children(vcpu, vcpu.root.page)
             mmu_write_unlock(vm)
@@ -236,7 +237,7 @@ cdef inline void prev_roots_free_unsync(Vcpu *vcpu) noexcept nogil:
     for i in range(PREV_ROOTS):
         if vcpu.prev_roots[i].page:
             sp = page_at(vcpu.vm, vcpu.prev_roots[i].page)
-            if sp.special or sp.unsync or sp.unsync_children:
+            if sp.special or page_lags(sp):
                 which |= 1 << i
     roots_free(vcpu, which)
 
@@ -276,7 +277,7 @@ cdef inline bint root_usable(Vcpu *vcpu, const Root *root, uint64_t pgd) noexcep
         return False
     if not vcpu.root_role & ROLE_DIRECT and root.pgd != pgd:
         return False
-    return page_at(vcpu.vm, root.page).role == vcpu.root_role
+    return page_role(page_at(vcpu.vm, root.page)) == vcpu.root_role
 
 cdef inline void root_swap(Root *a, Root *b) noexcept nogil:
     cdef Root keep = a[0]
@@ -317,7 +318,7 @@ cdef inline void root_switch(Vcpu *vcpu, uint64_t pgd) noexcept nogil:
     request(vcpu, REQ_LOAD_PGD)
     mmio_cache_clear_all(vcpu)
     if not page_at(vcpu.vm, vcpu.root.page).tdp:
-        page_at(vcpu.vm, vcpu.root.page).flooding = 0
+        st_u32(&page_at(vcpu.vm, vcpu.root.page).flooding, 0)
 
 # ---- the end of the VM --------------------------------------------------------------
 
@@ -330,6 +331,7 @@ cdef inline void vm_teardown(Vm *vm) noexcept nogil:
     mmu_write_unlock(vm)
     for i in range(vm.n_vcpus):
         roots_free(vm.vcpus[i], ROOTS_ALL)
+        cache_drop(vm.vcpus[i])
 
 cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
     """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor."""
@@ -351,6 +353,7 @@ cdef inline void vcpu_init(Vcpu *vcpu) noexcept nogil:
 
 cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:
     """Pending requests, in the order KVM looks at them."""
+    request_take(vcpu, REQ_KICK)
     if request_take(vcpu, REQ_FREE_OBSOLETE_ROOTS):
         roots_free_obsolete(vcpu)
     if request_take(vcpu, REQ_MMU_SYNC):
@@ -371,8 +374,7 @@ cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:
         return ENTER_SHUTDOWN
     return ENTER_OK
 
-cdef inline int vcpu_enter(Vcpu *vcpu) noexcept nogil:
-    """Ready to run guest code: no request pending, a root loaded.  ENTER_* or an error."""
+cdef inline int vcpu_enter_slow(Vcpu *vcpu) noexcept nogil:
     cdef int result
     while True:
         if ld_acquire_u32(&vcpu.requests):
@@ -383,5 +385,19 @@ cdef inline int vcpu_enter(Vcpu *vcpu) noexcept nogil:
             result = root_load(vcpu)
             if result:
                 return result
+        # The line says GUEST before the requests are read a last time: who asks and then waits is seen or seen to.
+        guest_enter(vcpu.line)
         if not ld_acquire_u32(&vcpu.requests):
             return ENTER_OK
+        guest_exit(vcpu.line)
+
+cdef inline int vcpu_enter(Vcpu *vcpu) noexcept nogil:
+    """Into the guest: no request pending, a root loaded.  ENTER_* or an error, then outside.
+
+    A vCPU that is in the guest stays there, access after access, until an exit or a request.
+    """
+    if in_guest(vcpu.line):
+        if not ld_acquire_u32(&vcpu.requests):
+            return ENTER_OK
+        guest_exit(vcpu.line)
+    return vcpu_enter_slow(vcpu)

@@ -5,12 +5,14 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport spte_is_last, spte_make_nonleaf, spte_pfn, spte_present
+from kvmmmu.engine.atomics cimport fetch_add_u64, st_u32
 from kvmmmu.engine.events cimport ev_get_page, ev_spte_requested
 from kvmmmu.engine.guest cimport gpte_changed
 from kvmmmu.engine.hooks cimport POINT_LINK, POINT_LINKED, POINT_UNLINKED, hook
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_install,
 )
+from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.pages cimport (
     gfn_bucket, hash_add, level_index, list_add_head, page_alloc, page_at, page_obsolete, page_sptes,
@@ -75,7 +77,7 @@ cdef inline int32_t page_find(Vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept 
                     break
                 if result > 0:
                     flush_remote_tlbs(vm)
-            sp.flooding = 0
+            st_u32(&sp.flooding, 0)
             found = id
             break
         id = after
@@ -155,15 +157,18 @@ cdef inline void flooding_clear_path(Vcpu *vcpu, uint64_t address) noexcept nogi
     """A fault uses these tables: they are not being torn down by the guest."""
     cdef Vm *vm = vcpu.vm
     cdef int level
-    cdef int32_t table = root_table(vm, vcpu.root.page, address, &level)
+    cdef int32_t table
     cdef uint64_t spte
+    kvmmmu_reading_begin(vcpu.line)
+    table = root_table(vm, vcpu.root.page, address, &level)
     while table:
-        page_at(vm, table).flooding = 0
+        st_u32(&page_at(vm, table).flooding, 0)
         spte = spte_read(page_sptes(vm, table) + level_index(address, level))
         if level == LEVEL_4K or not spte_present(spte) or spte_is_last(spte, level):
-            return
+            break
         table = <int32_t>spte_pfn(spte)
         level -= 1
+    kvmmmu_reading_end(vcpu.line)
 
 
 cdef inline int32_t step_into(Vcpu *vcpu, uint64_t index, uint64_t gfn, bint direct, uint32_t access,
@@ -214,7 +219,7 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
         return RET_PF_RETRY
     while level > w.level:
         index = (<uint64_t>table << 9) + <uint64_t>level_index(f.addr, level)
-        page_at(vm, table).flooding = 0
+        st_u32(&page_at(vm, table).flooding, 0)
         child = step_into(vcpu, index, w.entry_gpas[level - 1] >> 12, False, w.acc_above[level - 1], &error)
         if child == 0:
             return error
@@ -231,7 +236,7 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
     ev_spte_requested(vm, vcpu.id, f.gfn, f.pfn, f.goal_level)
     while True:
         index = (<uint64_t>table << 9) + <uint64_t>level_index(f.addr, level)
-        page_at(vm, table).flooding = 0
+        st_u32(&page_at(vm, table).flooding, 0)
         if vm.switches.nx_huge_pages:
             adjust_nx_level(f, spte_read(spte_at(vm, index)), level)
         base_gfn = f.gfn & ~(level_pages(level) - 1)
@@ -295,4 +300,4 @@ cdef inline void disallow_huge_page(Vm *vm, int32_t id) noexcept nogil:
     if page_at(vm, id).nx_disallowed:
         return
     page_at(vm, id).nx_disallowed = 1
-    vm.stats[<int>STAT_NX_LPAGE_SPLITS] += 1
+    fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], 1)

@@ -10,7 +10,7 @@ from kvmmmu.bits.spte cimport (
     SpteMasks, spte_accessed_mask, spte_dirty_mask, spte_has_volatile_bits, spte_is_last,
     spte_is_mmio, spte_mmu_writable, spte_pfn, spte_present, spte_writable,
 )
-from kvmmmu.engine.atomics cimport ld_u64, st_release_u64, xchg_u64
+from kvmmmu.engine.atomics cimport fetch_add_u64, ld_acquire_u64, st_release_u64, xchg_u64
 from kvmmmu.engine.lookup cimport vm_slot
 from kvmmmu.engine.memslots cimport gfn_to_rmap
 from kvmmmu.engine.pages cimport (
@@ -22,7 +22,8 @@ from kvmmmu.engine.state cimport STAT_PAGES_4K, ShadowPage, Slot, Vm
 
 
 cdef inline uint64_t spte_read(const uint64_t *sptep) noexcept nogil:
-    return ld_u64(sptep)
+    # Acquire: what a link leads to was complete before it.
+    return ld_acquire_u64(sptep)
 
 cdef inline void spte_write(uint64_t *sptep, uint64_t spte) noexcept nogil:
     # Release: a child must be complete before the link to it can be seen.
@@ -57,7 +58,8 @@ cdef inline bint spte_update(Vm *vm, uint64_t *sptep, uint64_t spte) noexcept no
 
 
 cdef inline void page_stats(Vm *vm, int level, int64_t n) noexcept nogil:
-    vm.stats[<int>STAT_PAGES_4K + level - 1] += <uint64_t>n
+    # Under the TDP MMU several faults count at once.
+    fetch_add_u64(&vm.stats[<int>STAT_PAGES_4K + level - 1], <uint64_t>n)
 
 cdef inline uint64_t rmap_add(Vm *vm, Slot *slot, uint64_t index, uint64_t gfn) noexcept nogil:
     """Enter a present leaf into its gfn's list; returns the entries there before."""

@@ -16,7 +16,7 @@ from kvmmmu.engine.answers cimport (
 
 cdef extern from "kvmmmu/lock.h" nogil:
     cdef struct kvmmmu_line:
-        uint32_t mode
+        uint64_t mode
     cdef struct kvmmmu_rwlock:
         uint32_t writer
 
@@ -33,6 +33,7 @@ cdef enum:
 cdef enum:
     ADDRESS_SPACES = 2
     MAX_VCPUS = 64
+    PAGE_CACHE = 8        # free pages a vCPU keeps for faults that hold mmu_lock for read
     MAX_SLOT_ID = 32764   # user slots are 0 .. MAX_SLOT_ID-1
     MAX_SLOT_PAGES = 2147483647
     MIN_MMU_PAGES = 64
@@ -183,6 +184,7 @@ cdef enum:
     LIST_FREE = 1
     LIST_ACTIVE = 2
     LIST_INVALID = 3
+    LIST_CACHED = 4       # a vCPU's own free page
 
 cdef struct PteDesc:
     # 14 spte indices; the block is found by id through the head word or ``more``.
@@ -204,6 +206,8 @@ cdef struct Arena:
     uint32_t desc_top
     uint32_t desc_free    # chain through ``more``
     int32_t free          # chain through ``list_next``
+    uint32_t lock         # of free and top
+    uint32_t doomed       # torn down under mmu_lock held for read: freed by its next holder for write
     int32_t top           # pages [1, top) have been used at least once
     int32_t limit         # pages this VM may ever hold
 
@@ -308,6 +312,7 @@ cdef enum:
     REQ_TLB_FLUSH_CURRENT = 16
     REQ_TLB_FLUSH_GUEST = 32
     REQ_TRIPLE_FAULT = 64
+    REQ_KICK = 128        # leave the guest, nothing else: somebody waits for that
 
 cdef struct Root:
     uint64_t pgd          # CR3 / PDPT address it was built for
@@ -345,8 +350,7 @@ cdef struct Fault:
 cdef struct Vcpu:
     Vm *vm
     int id
-    kvmmmu_line *line     # this vCPU's own cache line of mmu_lock
-    uint32_t busy         # 1 while a thread runs it
+    kvmmmu_line *line     # this vCPU's own cache line: who runs it, what it is doing (lock.h)
     CpuRegs regs
     CpuModel model        # what the guest's CPUID says
     uint64_t cr4_absent   # control bits of features that it says are not there
@@ -374,7 +378,9 @@ cdef struct Vcpu:
     int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
-    uint64_t stats[32]
+    uint64_t stats[32]    # written by the owner of the vCPU alone
+    int32_t free_pages[8]  # taken from the arena before mmu_lock
+    int n_free_pages
     Walk walk             # the last guest walk (KVM's or the processor's)
     Walk nested           # the last walk of the second dimension, or of shadow tables
 
@@ -411,7 +417,8 @@ cdef struct Vm:
     SpteMasks masks
     Paging spte_format    # KVM's tables in the format the processor walks; root and roles filled per vCPU
     kvmmmu_rwlock *mmu_lock
-    kvmmmu_line *lines[64]
+    kvmmmu_line *lines[65]  # 0: the VM's own, for who holds slots_lock; then those of the vCPUs
+    int n_lines           # published last
     Vcpu *vcpus[64]
     int n_vcpus
     # memory
@@ -426,6 +433,8 @@ cdef struct Vm:
     uint8_t *host_states  # by pfn: HOSTPAGE_*; reserved, untouched while every page is present
     uint8_t host_states_used
     uint32_t notifier_seq  # moves when the host takes a page away: a fault that raced is dropped
+    uint32_t notifier_active  # invalidations of host pages at work: nothing is mapped meanwhile
+    uint32_t host_lock    # serialises changes of host page states; taken before mmu_lock
     void (*notify_replaced)(Vm *vm, uint8_t *hva) noexcept nogil  # upward: the host copied a page
     int slot_hint[2]      # last slot found under mmu_lock for write, by address space
     uint64_t total_pages  # in slots of address space 0 and 1

@@ -9,7 +9,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
-from kvmmmu.engine.atomics cimport cmpxchg_u64, xchg_u64
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_split_huge_page, ev_spte_requested,
     ev_tdp_spte_changed,
@@ -18,10 +18,11 @@ from kvmmmu.engine.hooks cimport POINT_TDP_REMOVED, POINT_TDP_SET, hook
 from kvmmmu.engine.leaf cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
 )
-from kvmmmu.engine.locks cimport kvmmmu_drain_readers, mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock, readers_drain, vm_read_lock, vm_read_unlock
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.pages cimport (
-    level_index, page_alloc, page_at, page_free, page_sptes, role_as_id, role_level, role_with_level,
+    cache_alloc, cache_return, level_index, page_alloc, page_at, page_free, page_invalidate, page_sptes,
+    role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
 from kvmmmu.engine.pfns cimport max_mapping_level
@@ -32,6 +33,9 @@ from kvmmmu.engine.state cimport (
     VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
+
+cdef enum:
+    TDP_FAULT_PAGES = 4   # the most tables one fault can add: all levels below the root of five
 
 
 # ---- one entry ------------------------------------------------------------------
@@ -65,7 +69,7 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
     ev_prepare_zap_page(vm, -1, id)
     if sp.nx_disallowed:
         sp.nx_disallowed = 0
-        vm.stats[<int>STAT_NX_LPAGE_SPLITS] -= 1
+        fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], ALL_ONES)
     for i in range(ENTRIES):
         sptep = spte_at(vm, base + <uint64_t>i)
         if shared:
@@ -82,15 +86,38 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
 
 
 cdef inline void tdp_free(Vm *vm, int32_t doomed) noexcept nogil:
-    """After a grace period: no lockless walker can still hold these pages."""
+    """After a grace period: no lockless walker can still hold these pages.
+
+    No fault that holds mmu_lock for read can either: the caller holds it for write, or the pages
+    were below a root made invalid by one who did.
+    """
     cdef int32_t after
     if doomed == 0:
         return
-    kvmmmu_drain_readers(vm.lines, vm.n_vcpus, NULL)
+    readers_drain(vm)
     while doomed:
         after = page_at(vm, doomed).list_next
         page_free(vm, doomed)
         doomed = after
+
+
+cdef inline void tdp_defer(Vm *vm, int32_t doomed) noexcept nogil:
+    """Torn down under mmu_lock for read, where other faults may hold the pages: the next writer frees them."""
+    cdef int32_t last = doomed
+    cdef uint32_t head
+    if doomed == 0:
+        return
+    while page_at(vm, last).list_next:
+        last = page_at(vm, last).list_next
+    while True:
+        head = ld_u32(&vm.arena.doomed)
+        page_at(vm, last).list_next = <int32_t>head
+        if cmpxchg_u32(&vm.arena.doomed, head, <uint32_t>doomed):
+            return
+
+cdef inline void tdp_reap(Vm *vm) noexcept nogil:
+    """Under mmu_lock for write: nobody faults."""
+    tdp_free(vm, <int32_t>xchg_u32(&vm.arena.doomed, 0))
 
 
 cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, int32_t *doomed) noexcept nogil:
@@ -113,8 +140,8 @@ cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *do
 
 # ---- faults ---------------------------------------------------------------------
 
-cdef inline int32_t tdp_page_new(Vm *vm, int vcpu_id, uint64_t gfn, uint32_t role) noexcept nogil:
-    cdef int32_t id = page_alloc(vm)
+cdef inline int32_t tdp_page_new(Vm *vm, int32_t id, int vcpu_id, uint64_t gfn, uint32_t role) noexcept nogil:
+    """Make a page just allocated one of this MMU; 0 stays 0."""
     if id:
         page_at(vm, id).gfn = gfn
         page_at(vm, id).role = role
@@ -167,21 +194,25 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             adjust_nx_level(f, spte, level)
         if spte == REMOVED_SPTE:
             # Whoever is taking it down owns it, at the goal level too.
+            tdp_defer(vm, doomed)
             return RET_PF_RETRY
         if level == f.goal_level:
             break
         if spte_present(spte) and spte & PT_PAGE_SIZE_MASK:
             if not tdp_zap_entry(vm, index, spte, &doomed):
+                tdp_defer(vm, doomed)
                 return RET_PF_RETRY
             spte = 0
         if not spte_present(spte):
-            child = tdp_page_new(vm, vcpu.id, f.gfn & ~(level_pages(level) - 1),
+            child = tdp_page_new(vm, cache_alloc(vcpu), vcpu.id, f.gfn & ~(level_pages(level) - 1),
                                  role_with_level(page_at(vm, table).role, level - 1))
             if child == 0:
+                tdp_defer(vm, doomed)
                 return ERR_NOSPC
             if not tdp_set(vm, index, spte, spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled),
                            &doomed):
-                page_free(vm, child)
+                cache_return(vcpu, child)
+                tdp_defer(vm, doomed)
                 return RET_PF_RETRY
             if f.huge_page_disallowed and f.req_level >= level:
                 disallow_huge_page(vm, child)
@@ -190,7 +221,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
         table = child
         level -= 1
     ret = tdp_install(vcpu, f, index, f.gfn & ~(level_pages(level) - 1), &doomed)
-    tdp_free(vm, doomed)
+    tdp_defer(vm, doomed)
     return ret
 
 # ---- roots ----------------------------------------------------------------------
@@ -204,7 +235,7 @@ cdef inline int32_t tdp_root_get(Vcpu *vcpu) noexcept nogil:
             page_at(vm, id).root_count += 1
             return id
         id = page_at(vm, id).list_next
-    id = tdp_page_new(vm, vcpu.id, 0, vcpu.root_role)
+    id = tdp_page_new(vm, page_alloc(vm), vcpu.id, 0, vcpu.root_role)
     if id:
         # One reference is the MMU's own, until the root is invalidated.
         page_at(vm, id).root_count = 2
@@ -229,7 +260,7 @@ cdef inline void tdp_invalidate_roots(Vm *vm) noexcept nogil:
     """Under mmu_lock for write: no new fault starts in these trees."""
     cdef int32_t id = vm.tdp_roots
     while id:
-        page_at(vm, id).role |= ROLE_INVALID
+        page_invalidate(page_at(vm, id))
         id = page_at(vm, id).list_next
 
 cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared, int32_t *doomed) noexcept nogil:
@@ -267,7 +298,7 @@ cdef inline int32_t tdp_next_invalid_root(Vm *vm) noexcept nogil:
     return 0
 
 cdef inline void tdp_zap_invalid_roots(Vm *vm) noexcept nogil:
-    """Empty what was marked and give up the MMU's reference.  The caller holds no lock.
+    """Empty what was marked and give up the MMU's reference.  The caller holds slots_lock and no other.
 
     The list is gone through under mmu_lock, since vCPUs drop and make roots meanwhile; the MMU's
     reference keeps the root that is being emptied.
@@ -279,7 +310,9 @@ cdef inline void tdp_zap_invalid_roots(Vm *vm) noexcept nogil:
         mmu_write_unlock(vm)
         if id == 0:
             return
+        vm_read_lock(vm)
         tdp_zap_root(vm, id, True)
+        vm_read_unlock(vm)
         mmu_write_lock(vm)
         tdp_root_put(vm, id)
         mmu_write_unlock(vm)
@@ -343,7 +376,10 @@ cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_
                     any |= tdp_wrprot_range(vm, <int32_t>spte_pfn(old), first, end, mask, min_level)
                 elif spte_writable(old) and level >= min_level:
                     if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
-                        any |= tdp_set(vm, base + <uint64_t>i, old, old & ~PT_WRITABLE_MASK, &doomed)
+                        # The lockless repair and the processor's A and D bits may get in between.
+                        while not tdp_set(vm, base + <uint64_t>i, old, old & ~PT_WRITABLE_MASK, &doomed):
+                            old = spte_read(spte_at(vm, base + <uint64_t>i))
+                        any = True
         gfn += pages
     return any
 
@@ -372,15 +408,17 @@ cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t
             old = spte_read(spte_at(vm, base + <uint64_t>i))
             child = 0
             if spte_present(old) and spte_is_last(old, level):
-                child = tdp_page_new(vm, -1, gfn, role_with_level(page_at(vm, table).role, level - 1))
+                child = tdp_page_new(vm, page_alloc(vm), -1, gfn, role_with_level(page_at(vm, table).role, level - 1))
                 if child == 0:
                     return
-                for j in range(ENTRIES):
-                    page_sptes(vm, child)[j] = split_leaf(vm, old, level, j)
-                if not tdp_set(vm, base + <uint64_t>i, old,
+                while True:
+                    for j in range(ENTRIES):
+                        spte_write(page_sptes(vm, child) + j, split_leaf(vm, old, level, j))
+                    if tdp_set(vm, base + <uint64_t>i, old,
                                spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled), &doomed):
-                    page_free(vm, child)
-                    return
+                        break
+                    # The lockless repair, or the processor's A and D bits, came in between.
+                    old = spte_read(spte_at(vm, base + <uint64_t>i))
                 page_stats(vm, level - 1, ENTRIES)
                 ev_split_huge_page(vm, -1, gfn, old, level, 0)
             elif spte_present(old):

@@ -5,15 +5,16 @@ A remote flush is also the handshake with lockless walkers: what was unlinked be
 it may be reused after it.
 """
 
-from kvmmmu.engine.locks cimport kvmmmu_drain_readers, request_all
+from kvmmmu.engine.atomics cimport fetch_add_u64
+from kvmmmu.engine.locks cimport readers_drain, request_all
 from kvmmmu.engine.state cimport (
     REQ_TLB_FLUSH, STAT_REMOTE_TLB_FLUSH, STAT_REMOTE_TLB_FLUSH_REQUESTS, Vm,
 )
 
 
 cdef inline void flush_remote_tlbs(Vm *vm) noexcept nogil:
-    vm.stats[<int>STAT_REMOTE_TLB_FLUSH_REQUESTS] += 1
+    fetch_add_u64(&vm.stats[<int>STAT_REMOTE_TLB_FLUSH_REQUESTS], 1)
     request_all(vm, REQ_TLB_FLUSH)
-    # Waits for walkers of other vCPUs; the caller's own line is never READING here.
-    kvmmmu_drain_readers(vm.lines, vm.n_vcpus, NULL)
-    vm.stats[<int>STAT_REMOTE_TLB_FLUSH] += 1
+    # The request makes a batch leave the guest; the caller is out of it, and walks nothing.
+    readers_drain(vm)
+    fetch_add_u64(&vm.stats[<int>STAT_REMOTE_TLB_FLUSH], 1)

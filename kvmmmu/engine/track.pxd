@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_pfn, spte_present, spte_writable
-from kvmmmu.engine.atomics cimport full_barrier
+from kvmmmu.engine.atomics cimport full_barrier, ld_u16, st_u16, st_u64, st_u8
 from kvmmmu.engine.events cimport ev_unsync_page, ev_tdp_spte_changed
 from kvmmmu.engine.hooks cimport POINT_ACCOUNTED, POINT_UNSYNC, hook
 from kvmmmu.engine.lookup cimport slot_allow_large, slot_forbid_large, vm_slot
@@ -75,13 +75,13 @@ cdef inline void account_shadowed(Vm *vm, int32_t id) noexcept nogil:
     """
     cdef ShadowPage *sp = page_at(vm, id)
     cdef Slot *slot = vm_slot(vm, role_as_id(sp.role), sp.gfn)
-    vm.indirect_pages += 1
+    st_u64(<uint64_t *>&vm.indirect_pages, <uint64_t>(vm.indirect_pages + 1))
     full_barrier()
     hook(vm, POINT_ACCOUNTED)
     if slot == NULL:
         return
     if role_level(sp.role) > LEVEL_4K:
-        gfn_to_write_track(slot, sp.gfn)[0] += 1
+        st_u16(gfn_to_write_track(slot, sp.gfn), gfn_to_write_track(slot, sp.gfn)[0] + 1)
     slot_forbid_large(slot, sp.gfn)
     if write_protect_gfn(vm, slot, sp.gfn, LEVEL_4K):
         flush_remote_tlbs(vm)
@@ -90,16 +90,16 @@ cdef inline void account_shadowed(Vm *vm, int32_t id) noexcept nogil:
 cdef inline void unaccount_shadowed(Vm *vm, int32_t id) noexcept nogil:
     cdef ShadowPage *sp = page_at(vm, id)
     cdef Slot *slot = vm_slot(vm, role_as_id(sp.role), sp.gfn)
-    vm.indirect_pages -= 1
+    st_u64(<uint64_t *>&vm.indirect_pages, <uint64_t>(vm.indirect_pages - 1))
     if slot == NULL:
         return
     if role_level(sp.role) > LEVEL_4K:
-        gfn_to_write_track(slot, sp.gfn)[0] -= 1
+        st_u16(gfn_to_write_track(slot, sp.gfn), gfn_to_write_track(slot, sp.gfn)[0] - 1)
     slot_allow_large(slot, sp.gfn)
 
 
 cdef inline bint gfn_write_tracked(const Slot *slot, uint64_t gfn) noexcept nogil:
-    return slot != NULL and gfn_to_write_track(slot, gfn)[0] != 0
+    return slot != NULL and ld_u16(gfn_to_write_track(slot, gfn)) != 0
 
 
 cdef inline void mark_parents_unsync(Vm *vm, int32_t id) noexcept nogil:
@@ -138,7 +138,7 @@ cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bi
             if prefetch:
                 return True
             ev_unsync_page(vm, vcpu_id, id)
-            sp.unsync = 1
+            st_u8(&sp.unsync, 1)
             vm.stats[<int>STAT_MMU_UNSYNC] += 1
             mark_parents_unsync(vm, id)
         id = gfn_next_page(vm, id, gfn)

@@ -30,51 +30,75 @@ cdef inline void translate_done(const Paging *p, const Quick *q, uint64_t gpa, T
     t.unused = 0
 
 
-cdef inline void translate_proper(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
-                                  uint64_t access, bint ac, bint set_ad, Translation *t) noexcept nogil:
-    cdef Walk w, hw
+cdef inline void translate_row(const Walk *w, int fault, uint64_t gpa, uint64_t fault_gpa,
+                               Translation *t) noexcept nogil:
+    """All of a row but its ``gva``, from a walk that has ended."""
     t.gpa = 0
     t.error_code = 0
     t.fault_gpa = 0
     t.entry = 0
+    t.fault = <uint8_t>fault
     t.page_shift = 0
     t.access = 0
     t.level = 0
     t.unused = 0
-    t.fault = <uint8_t>walk_any(p, host, m, hint, &w, &hw, gva, access, ac, set_ad)
-    if t.fault == FAULT_NONE:
-        t.gpa = w.gpa if host.format == FMT_NONE else hw.gpa
+    if fault == FAULT_NONE:
+        t.gpa = gpa
         t.page_shift = <uint8_t>w.page_shift
         t.access = <uint8_t>w.pte_access
     else:
         t.error_code = w.error_code
-        if t.fault >= FAULT_EPT_VIOLATION:
-            t.fault_gpa = hw.va
+        if fault >= FAULT_EPT_VIOLATION:
+            t.fault_gpa = fault_gpa
     if w.seen:
         t.level = <uint8_t>w.seen
         t.entry = w.entries[w.seen]
 
 
-cdef inline void translate_many(const Paging *p, const Paging *host, const MemMap *m, const uint64_t *gvas, int64_t n,
-                                uint64_t access, bint ac, bint set_ad, Translation *out) noexcept nogil:
-    cdef int[2] hint = [0, 0]
+cdef inline bint translate_proper(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
+                                  uint64_t access, bint ac, bint set_ad, Translation *t) noexcept nogil:
+    """Walk by the definition.  True: an A or D bit was set."""
+    cdef Walk w, hw
+    cdef int fault
+    w.stored = 0
+    hw.stored = 0
+    fault = walk_any(p, host, m, hint, &w, &hw, gva, access, ac, set_ad)
+    translate_row(&w, fault, w.gpa if host.format == FMT_NONE else hw.gpa, hw.va if fault >= FAULT_EPT_VIOLATION else 0,
+                  t)
+    return w.stored or hw.stored
+
+
+cdef inline bint translate_one(const Paging *p, const Paging *host, const MemMap *m, int *hint, Window *window,
+                               uint64_t gva, uint64_t access, bint ac, bint set_ad, Translation *t) noexcept nogil:
+    """One row.  True: an A or D bit was set in memory."""
     cdef uint64_t hpa = 0
-    cdef int64_t i
-    cdef Window window
     cdef Quick q
     cdef Walk hw
+    cdef int quick
+    t.gva = gva
+    if host.format == FMT_NONE:
+        if quick_memory(p, m, hint, window, gva, access, ac, set_ad, &q):
+            translate_done(p, &q, q.gpa, t)
+            return False
+        return translate_proper(p, host, m, hint, gva, access, ac, set_ad, t)
+    hw.stored = 0
+    quick = quick_nested(p, host, m, hint, hint + 1, &hw, gva, access, ac, set_ad, &q, &hpa)
+    if quick == QUICK_YES:
+        translate_done(p, &q, hpa, t)
+        return hw.stored
+    return translate_proper(p, host, m, hint, gva, access, ac, set_ad, t) or hw.stored
+
+
+cdef inline void translate_each(const Paging *p, const Paging *host, const MemMap *m, const uint64_t *gvas, int64_t n,
+                                uint64_t access, bint ac, bint set_ad, Translation *out) noexcept nogil:
+    """One after the other: what every batch must equal."""
+    cdef int[2] hint = [0, 0]
+    cdef int64_t i
+    cdef Window window
     window.first = 0
     window.npages = 0
     for i in range(n):
-        out[i].gva = gvas[i]
-        if host.format == FMT_NONE:
-            if quick_memory(p, m, hint, &window, gvas[i], access, ac, set_ad, &q):
-                translate_done(p, &q, q.gpa, &out[i])
-                continue
-        elif quick_nested(p, host, m, hint, hint + 1, &hw, gvas[i], access, ac, set_ad, &q, &hpa) == QUICK_YES:
-            translate_done(p, &q, hpa, &out[i])
-            continue
-        translate_proper(p, host, m, hint, gvas[i], access, ac, set_ad, &out[i])
+        translate_one(p, host, m, hint, &window, gvas[i], access, ac, set_ad, &out[i])
 
 
 cdef inline void mappings_tables(Paging *tables, const Paging *p) noexcept nogil:

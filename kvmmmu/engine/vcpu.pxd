@@ -7,6 +7,8 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
     FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_NONE,
 )
+from kvmmmu.engine.atomics cimport cpu_pause, guest_load, guest_store, ld_acquire_u32
+from kvmmmu.engine.claim cimport vcpu_busy
 from kvmmmu.engine.emulate cimport emulate_access, inject_guest_fault
 from kvmmmu.engine.events cimport ISA_SVM, ISA_VMX, ev_exit, ev_page_fault
 from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
@@ -14,7 +16,7 @@ from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
@@ -128,6 +130,7 @@ cdef inline uint64_t reported_code(const Vcpu *vcpu, uint64_t code) noexcept nog
 cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known_gpa) noexcept nogil:
     """KVM's handler for what the processor reported; the result of ``page_fault``, or EXIT_DELIVERY_EV."""
     cdef uint64_t address = gva, code = vcpu.nested.error_code
+    guest_leave(vcpu)
     if fault == FAULT_PF or fault == FAULT_NPF:
         code = reported_code(vcpu, code)
     if fault != FAULT_PF:
@@ -170,9 +173,25 @@ cdef inline bint exit_ends(Vcpu *vcpu, int result, uint64_t gva, Access *out) no
         out.outcome = OUTCOME_ERROR
         out.error_code = <uint64_t>(-result)
         return True
-    if out.exits == MAX_EXITS and result != RET_PF_EMULATE:
+    if out.exits >= MAX_EXITS and result != RET_PF_EMULATE:
+        # Another thread may undo what the handler did, or hold it up: then only give it time.
+        if out.exits < MAX_EXITS << 10 and vm_others(vcpu):
+            cpu_pause(out.exits)
+            return False
         out.outcome = OUTCOME_HANG
         return True
+    return False
+
+
+cdef inline bint vm_others(const Vcpu *vcpu) noexcept nogil:
+    """Somebody besides this vCPU is at work in its VM."""
+    cdef const Vm *vm = vcpu.vm
+    cdef int i
+    if ld_acquire_u32(&vm.slots_lock) or ld_acquire_u32(&vm.mmu_lock.writer):
+        return True
+    for i in range(vm.n_vcpus):
+        if vm.vcpus[i] != vcpu and vcpu_busy(vm.vcpus[i]):
+            return True
     return False
 
 
@@ -212,9 +231,9 @@ cdef inline void access_move(Vcpu *vcpu, uint64_t hpa, uint64_t access, int size
         return
     host += hpa & 4095
     if access & PFERR_WRITE:
-        memcpy(host, data, size)
+        guest_store(host, data, <unsigned>size)
     else:
-        memcpy(data, host, size)
+        guest_load(data, host, <unsigned>size)
 
 
 cdef inline void access_begin(Access *out, int size) noexcept nogil:

@@ -56,8 +56,10 @@ cdef inline bint walk_set_ad(const Paging *p, const MemMap *m, int *hint, Walk *
     cdef uint64_t missing
     while level >= w.level:
         missing = walk_ad_missing(p, w, level)
-        if missing and not walk_update(p.format, m, w.entry_gpas[level], hint, w.entries[level], missing):
-            return False
+        if missing:
+            w.stored = 1
+            if not walk_update(p.format, m, w.entry_gpas[level], hint, w.entries[level], missing):
+                return False
         level -= 1
     return True
 
@@ -137,6 +139,7 @@ cdef inline int walk_nested_set_ad(const Paging *guest, const Paging *host, cons
     while level >= gw.level:
         missing = walk_ad_missing(guest, gw, level)
         if missing:
+            gw.stored = 1
             # With EPT A/D off reading the table needed no W, but this is a write (SDM vol. 3C section 29.3.3.2).
             if host.update_access:
                 if walk_second(host, m, hint, &second, gw.entry_gpas[level], host.update_access, host.table_note,

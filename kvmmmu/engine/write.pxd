@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_present
-from kvmmmu.engine.atomics cimport ld_u32, ld_u64
+from kvmmmu.engine.atomics cimport full_barrier, ld_u32, ld_u64, st_u32
 from kvmmmu.engine.guest cimport guest_host
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport gfn_first_page, gfn_next_page, page_at, role_level, role_quadrant
@@ -32,8 +32,8 @@ cdef inline bint write_floods(ShadowPage *sp) noexcept nogil:
     """The guest keeps writing a table nobody walks: it is no table any more.  Leaf tables are exempt."""
     if role_level(sp.role) == LEVEL_4K:
         return False
-    sp.flooding += 1
-    return sp.flooding >= FLOODED
+    st_u32(&sp.flooding, ld_u32(&sp.flooding) + 1)
+    return ld_u32(&sp.flooding) >= FLOODED
 
 cdef inline int written_sptes(const ShadowPage *sp, uint64_t gpa, int *first) noexcept nogil:
     """How many sptes of the page stand behind the entry, and the first of them.
@@ -78,7 +78,9 @@ cdef inline void track_write(Vcpu *vcpu, uint64_t gpa, int size) noexcept nogil:
     cdef uint64_t entry
     cdef int first = 0, n
     cdef bint flush = False
-    if not vm.indirect_pages:
+    # The store comes before the look at the count; ``account_shadowed`` counts before it reads the entry.
+    full_barrier()
+    if not ld_u64(<const uint64_t *>&vm.indirect_pages):
         return
     list_init(&invalid)
     mmu_write_lock(vm)

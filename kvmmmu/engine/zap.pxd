@@ -4,11 +4,13 @@
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
+from kvmmmu.engine.atomics cimport fetch_add_u64, st_u8
 from kvmmmu.engine.events cimport ev_prepare_zap_page, ev_sync_page, ev_zap_all_fast
 from kvmmmu.engine.hooks cimport POINT_FLUSHED, POINT_FREED, POINT_UNLINKED, hook
 from kvmmmu.engine.locks cimport request_all
 from kvmmmu.engine.pages cimport (
-    gfn_first_page, gfn_next_page, hash_del, list_add_head, list_add_tail, list_del, page_at, page_free, page_obsolete,
+    gfn_first_page, gfn_next_page, hash_del, list_add_head, list_add_tail, list_del, page_at, page_free,
+    page_invalidate, page_obsolete,
     page_sptes, page_unsync_bits, role_has_gptes, role_level, spte_page, unsync_bit_clear,
 )
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first
@@ -23,7 +25,7 @@ from kvmmmu.engine.track cimport unaccount_shadowed
 
 cdef inline void page_unmark_unsync(Vm *vm, int vcpu_id, int32_t id) noexcept nogil:
     ev_sync_page(vm, vcpu_id, id)
-    page_at(vm, id).unsync = 0
+    st_u8(&page_at(vm, id).unsync, 0)
     vm.stats[<int>STAT_MMU_UNSYNC] -= 1
 
 
@@ -99,7 +101,7 @@ cdef inline int64_t zap_prepare(Vm *vm, int vcpu_id, int32_t id, PageList *inval
         parent = pte_list_first(vm, sp.parents, &it)
     if sp.nx_disallowed:
         sp.nx_disallowed = 0
-        vm.stats[<int>STAT_NX_LPAGE_SPLITS] -= 1
+        fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], ALL_ONES)
     was_obsolete = page_obsolete(vm, sp)
     if not sp.role & ROLE_INVALID and role_has_gptes(sp.role):
         unaccount_shadowed(vm, id)
@@ -117,7 +119,7 @@ cdef inline int64_t zap_prepare(Vm *vm, int vcpu_id, int32_t id, PageList *inval
             list_del(vm, &vm.active, id)
         if not was_obsolete:
             request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
-    sp.role |= ROLE_INVALID
+    page_invalidate(sp)
     return n
 
 
@@ -219,7 +221,7 @@ cdef inline void zap_all_fast(Vm *vm) noexcept nogil:
     The caller holds mmu_lock for write and then zaps the invalidated TDP roots.
     """
     ev_zap_all_fast(vm, vm.valid_gen, <uint64_t>vm.used_pages)
-    vm.valid_gen ^= 1
+    st_u8(&vm.valid_gen, vm.valid_gen ^ 1)
     request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
     zap_obsolete(vm, -1)
 

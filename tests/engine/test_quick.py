@@ -80,8 +80,10 @@ def test_a_batch_is_walks_one_by_one(mode, host, tables, below, gvas, access, fl
             result = single.walk_result(gva, access, cpl, ac=ac, implicit=implicit, set_ad=set_ad)
             assert (row["fault"], row["error_code"]) == (result.fault, result.error_code)
             if result.fault is Fault.NONE:
-                assert (row["gpa"], row["page_shift"]) == (single.walk(gva, access, cpl, ac=ac, implicit=implicit),
-                                                           result.page_shift)
+                gpa = (result.second or result).gpa
+                assert (row["gpa"], row["page_shift"]) == (gpa, result.page_shift)
+                # A walk that sets bits may set them in the tables it used: the next one may end elsewhere.
+                assert set_ad or single.walk(gva, access, cpl, ac=ac, implicit=implicit) == gpa
                 assert row["access"] == result.rights
                 assert (row["level"], row["entry"]) == (result.entries[-1].level, result.entries[-1].value)
         assert np.array_equal(once, again)

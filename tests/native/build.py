@@ -1,4 +1,4 @@
-"""Build and run the native mains beside this file: ``python tests/native/build.py NAME [options] [-- arguments]``.
+"""Build and run the native mains beside this file: ``python tests/native/build.py NAME [options] [arguments]``.
 
 A main is ``NAME.pyx``: it cimports the engine, is translated with line directives and linked with the three lines of
 ``main.c``.  libpython is linked because the translated module names it; no interpreter is started.
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -64,18 +66,37 @@ def build(name: str, sanitizer: str = "", out: Path | None = None, cflags: str =
     return program
 
 
+def run_checked(program: Path, arguments: list[str]) -> int:
+    """Run the stress program and check every invariant of each state it hands out; its own exit status, or 1."""
+    from kvmmmu.check.run import check_snapshot
+    from kvmmmu.check.snapshot import Snapshot
+
+    states = violated = 0
+    with subprocess.Popen([program, "--snapshots", *arguments], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        while head := child.stdout.read(8):
+            words = np.frombuffer(child.stdout.read(8 * int.from_bytes(head, "little")), np.uint64)
+            found = [violation for violation in check_snapshot(Snapshot(words)) if not violation.hole]
+            states += 1
+            violated += bool(found)
+            for violation in found[:20]:
+                print(f"state {states}: {violation}", file=sys.stderr)
+    print(f"{states} states at rest, {violated} with an invariant violated", file=sys.stderr)
+    return child.returncode or int(violated > 0 or states == 0)
+
+
 def main() -> int:
-    """Build what the command line asks for, then run it with what stands behind ``--``."""
+    """Build what the command line asks for, then run it with the arguments that are not for the build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--tsan", action="store_true", help="under ThreadSanitizer")
     how.add_argument("--asan", action="store_true", help="under AddressSanitizer and UBSan")
     parser.add_argument("--cflags", default="", help="instead of -O0 -g (sanitizers: -O1 -g)")
-    parser.add_argument("arguments", nargs="*", help="of the program, behind --")
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
+    rest = [argument for argument in rest if argument != "--"]
     program = build(args.name, "tsan" if args.tsan else "asan" if args.asan else "", cflags=args.cflags)
-    return subprocess.run([program, *args.arguments]).returncode
+    return run_checked(program, rest) if args.name == "stress" else subprocess.run([program, *rest]).returncode
 
 
 if __name__ == "__main__":

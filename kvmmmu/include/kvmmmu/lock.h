@@ -1,31 +1,40 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * mmu_lock as a big-reader lock: a reader touches only its own vCPU's cache line,
- * a writer waits for every line.  The same line carries the READING mark of the
- * lockless walk, so that a freer can wait for walkers as KVM's remote flush does.
+ * Every vCPU has one cache line that says what it is doing; only its owner writes it.  Those who
+ * take something away wait for the lines whose owners may still hold it:
  *
- * Order of the argument: a reader exchanges its line, then reads the writer word; a
- * writer sets its word by compare-exchange, then reads the lines.  Both are
- * sequentially consistent, so at least one sees the other.
+ *   mmu_lock, for write     lines that are LOCKED (a big-reader lock: readers touch only their line)
+ *   a flush (spte, table)   lines in GUEST (the processor walks) or READING (KVM walks without a lock)
+ *   a new table of slots    lines in SLOTS, which a running vCPU always is
+ *
+ * A reader announces (an exchange, the full barrier), then reads.  Who takes away unlinks, passes a
+ * full barrier, then reads the lines.  So either the line is seen, or the reader sees the unlinking.
+ * A line in GUEST or READING never waits for anything; a LOCKED one waits for those at most.
  */
 #ifndef KVMMMU_LOCK_H
 #define KVMMMU_LOCK_H
 
 #include <sched.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "kvmmmu/atomics.h"
 #include "kvmmmu/hooks.h"
 
 enum {
-    KVMMMU_LINE_OUTSIDE = 0, /* touches no shadow page */
-    KVMMMU_LINE_READING = 1, /* walks sptes without mmu_lock */
-    KVMMMU_LINE_LOCKED = 2,  /* holds mmu_lock for read */
+    KVMMMU_LINE_OUTSIDE = 0, /* no thread runs the vCPU */
+    KVMMMU_LINE_GUEST = 1,   /* the processor walks tables and moves data */
+    KVMMMU_LINE_READING = 2, /* KVM walks sptes without mmu_lock */
+    KVMMMU_LINE_LOCKED = 4,  /* holds mmu_lock for read */
+    KVMMMU_LINE_SLOTS = 8,   /* may hold slots and maps of host memory (KVM's SRCU) */
+    KVMMMU_LINE_BUSY = 16,   /* a thread has claimed the vCPU */
+    KVMMMU_LINE_FLAGS = 31,
+    KVMMMU_LINE_EPOCH = 32, /* above the flags: counts the moments at which nothing is held */
 };
 
 struct kvmmmu_line {
-    uint32_t mode;
-    uint32_t unused[15];
+    uint64_t mode;
+    uint64_t unused[7];
 } __attribute__((aligned(64)));
 
 struct kvmmmu_rwlock {
@@ -40,7 +49,83 @@ static inline void kvmmmu_pause(unsigned spins)
 #if defined(__x86_64__)
     else
         __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    else
+        __asm__ volatile("yield");
 #endif
+}
+
+/* How many lines there are; read after the barrier of who asks. */
+static inline int kvmmmu_line_count(const int *n)
+{
+    return __atomic_load_n(n, __ATOMIC_ACQUIRE);
+}
+
+/* ---- the owner's side ---------------------------------------------------------------- */
+
+/* Take a vCPU that nobody runs.  0: somebody does. */
+static inline int kvmmmu_line_claim(struct kvmmmu_line *line)
+{
+    uint64_t mode = kvmmmu_ld_u64(&line->mode);
+
+    if ((mode & KVMMMU_LINE_FLAGS) || !kvmmmu_cmpxchg_u64(&line->mode, mode, mode | KVMMMU_LINE_BUSY | KVMMMU_LINE_SLOTS))
+        return 0;
+#if !defined(__x86_64__)
+    KVMMMU_FENCE();
+#endif
+    return 1;
+}
+
+static inline void kvmmmu_line_release(struct kvmmmu_line *line)
+{
+    kvmmmu_st_release_u64(&line->mode, (kvmmmu_ld_u64(&line->mode) & ~(uint64_t)KVMMMU_LINE_FLAGS) + KVMMMU_LINE_EPOCH);
+}
+
+/* A claimed vCPU leaves to user space, which may change slots, and comes back. */
+static inline void kvmmmu_user_begin(struct kvmmmu_line *line)
+{
+    kvmmmu_st_release_u64(&line->mode, (kvmmmu_ld_u64(&line->mode) & ~(uint64_t)KVMMMU_LINE_FLAGS) | KVMMMU_LINE_BUSY);
+}
+
+static inline void kvmmmu_user_end(struct kvmmmu_line *line)
+{
+    kvmmmu_announce(&line->mode, (kvmmmu_ld_u64(&line->mode) | KVMMMU_LINE_SLOTS) + KVMMMU_LINE_EPOCH);
+}
+
+/* VM entry: nothing learnt before is held any more. */
+static inline void kvmmmu_guest_enter(struct kvmmmu_line *line)
+{
+    kvmmmu_announce(&line->mode, (kvmmmu_ld_u64(&line->mode) | KVMMMU_LINE_GUEST) + KVMMMU_LINE_EPOCH);
+}
+
+static inline int kvmmmu_in_guest(const struct kvmmmu_line *line)
+{
+    return (kvmmmu_ld_u64(&line->mode) & KVMMMU_LINE_GUEST) != 0;
+}
+
+/* VM exit; SLOTS stands without a gap, so no barrier is needed. */
+static inline void kvmmmu_guest_exit(struct kvmmmu_line *line)
+{
+    kvmmmu_st_release_u64(&line->mode, kvmmmu_ld_u64(&line->mode) & ~(uint64_t)KVMMMU_LINE_GUEST);
+}
+
+static inline void kvmmmu_reading_begin(struct kvmmmu_line *line)
+{
+    if (!KVMMMU_MUTANT(line, KVMMMU_MUTANT_NO_ANNOUNCE))
+        kvmmmu_announce(&line->mode, kvmmmu_ld_u64(&line->mode) | KVMMMU_LINE_READING);
+    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_MARKED);
+}
+
+static inline void kvmmmu_reading_end(struct kvmmmu_line *line)
+{
+    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_READ);
+    kvmmmu_st_release_u64(&line->mode, kvmmmu_ld_u64(&line->mode) & ~(uint64_t)KVMMMU_LINE_READING);
+    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_LEFT);
+}
+
+static inline void kvmmmu_read_unlock(struct kvmmmu_line *line)
+{
+    kvmmmu_st_release_u64(&line->mode, kvmmmu_ld_u64(&line->mode) & ~(uint64_t)KVMMMU_LINE_LOCKED);
 }
 
 static inline void kvmmmu_read_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_line *line)
@@ -48,11 +133,11 @@ static inline void kvmmmu_read_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_li
     unsigned spins = 0;
 
     for (;;) {
-        (void)kvmmmu_xchg_u32(&line->mode, KVMMMU_LINE_LOCKED);
+        kvmmmu_announce(&line->mode, kvmmmu_ld_u64(&line->mode) | KVMMMU_LINE_LOCKED);
         if (!kvmmmu_ld_acquire_u32(&lock->writer))
             return;
         /* A waiting writer goes first, or readers could starve it. */
-        kvmmmu_st_release_u32(&line->mode, KVMMMU_LINE_OUTSIDE);
+        kvmmmu_read_unlock(line);
         while (kvmmmu_ld_u32(&lock->writer)) {
             KVMMMU_YIELD(line, KVMMMU_POINT_LOCK_WAIT);
             kvmmmu_pause(spins++);
@@ -60,23 +145,24 @@ static inline void kvmmmu_read_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_li
     }
 }
 
-static inline void kvmmmu_read_unlock(struct kvmmmu_line *line)
-{
-    kvmmmu_st_release_u32(&line->mode, KVMMMU_LINE_OUTSIDE);
-}
+/* ---- the side of who takes away -------------------------------------------------------- */
 
-/* A writer's own line must be OUTSIDE: it would wait for itself. */
-static inline void kvmmmu_write_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_line **lines, int n)
+/* The caller's own line is neither GUEST, READING nor LOCKED: it would wait for itself. */
+static inline void kvmmmu_write_lock(struct kvmmmu_rwlock *lock, struct kvmmmu_line *const *lines, const int *n)
 {
     unsigned spins = 0;
-    int i;
+    int i, count;
 
-    while (!kvmmmu_cmpxchg_u32(&lock->writer, 0, 1)) {
+    while (kvmmmu_ld_u32(&lock->writer) || !kvmmmu_cmpxchg_u32(&lock->writer, 0, 1)) {
         KVMMMU_YIELD(NULL, KVMMMU_POINT_LOCK_WAIT);
         kvmmmu_pause(spins++);
     }
-    for (i = 0; i < n; i++)
-        for (spins = 0; kvmmmu_ld_acquire_u32(&lines[i]->mode) == KVMMMU_LINE_LOCKED;) {
+#if !defined(__x86_64__)
+    KVMMMU_FENCE();
+#endif
+    count = kvmmmu_line_count(n);
+    for (i = 0; i < count; i++)
+        for (spins = 0; kvmmmu_ld_acquire_u64(&lines[i]->mode) & KVMMMU_LINE_LOCKED;) {
             KVMMMU_YIELD(NULL, KVMMMU_POINT_LOCK_WAIT);
             kvmmmu_pause(spins++);
         }
@@ -87,38 +173,29 @@ static inline void kvmmmu_write_unlock(struct kvmmmu_rwlock *lock)
     kvmmmu_st_release_u32(&lock->writer, 0);
 }
 
-/* The lockless walk: announce, then read; the exchange is the full barrier. */
-static inline void kvmmmu_reading_begin(struct kvmmmu_line *line)
+/* Wait until no line is where ``flags`` say since before the call: it left, or began anew. */
+static inline void kvmmmu_wait_line(const struct kvmmmu_line *line, uint64_t flags, int point)
 {
-    if (!KVMMMU_MUTANT(line, KVMMMU_MUTANT_NO_ANNOUNCE))
-        (void)kvmmmu_xchg_u32(&line->mode, KVMMMU_LINE_READING);
-    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_MARKED);
+    uint64_t before = kvmmmu_ld_acquire_u64(&line->mode), now = before;
+    unsigned spins = 0;
+
+    (void)point;
+    while ((now & flags) && ((now ^ before) & ~(uint64_t)KVMMMU_LINE_FLAGS) == 0) {
+        KVMMMU_YIELD(line, point);
+        kvmmmu_pause(spins++);
+        now = kvmmmu_ld_acquire_u64(&line->mode);
+    }
 }
 
-static inline void kvmmmu_reading_end(struct kvmmmu_line *line)
+/* Called after unlinking, before reuse; requests that make a vCPU leave the guest were raised before. */
+static inline void kvmmmu_drain_readers(struct kvmmmu_line *const *lines, const int *n)
 {
-    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_READ);
-    kvmmmu_st_release_u32(&line->mode, KVMMMU_LINE_OUTSIDE);
-    KVMMMU_YIELD(line, KVMMMU_POINT_WALK_LEFT);
-}
-
-/* Wait until no other vCPU walks sptes; called after unlinking, before reuse. */
-static inline void kvmmmu_drain_readers(struct kvmmmu_line **lines, int n,
-                                        const struct kvmmmu_line *self)
-{
-    int i;
+    int i, count;
 
     kvmmmu_full_barrier();
-    for (i = 0; i < n; i++) {
-        unsigned spins = 0;
-
-        if (lines[i] == self || KVMMMU_MUTANT(self, KVMMMU_MUTANT_NO_DRAIN))
-            continue;
-        while (kvmmmu_ld_acquire_u32(&lines[i]->mode) == KVMMMU_LINE_READING) {
-            KVMMMU_YIELD(self, KVMMMU_POINT_DRAIN_WAIT);
-            kvmmmu_pause(spins++);
-        }
-    }
+    count = kvmmmu_line_count(n);
+    for (i = 0; i < count && !KVMMMU_MUTANT(NULL, KVMMMU_MUTANT_NO_DRAIN); i++)
+        kvmmmu_wait_line(lines[i], KVMMMU_LINE_GUEST | KVMMMU_LINE_READING, KVMMMU_POINT_DRAIN_WAIT);
 }
 
 #endif

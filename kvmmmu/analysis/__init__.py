@@ -1,0 +1,1 @@
+"""Comparisons and measurements on top of the model."""
