@@ -125,7 +125,8 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     vcpu.regs.efer = efer_with_lma(value, vcpu.regs.efer)
     if changed & CR0_PG and not value & CR0_PG:
         request(vcpu, REQ_TLB_FLUSH_GUEST)
-    if changed & CR0_WP and not changed & CR0_PG and tdp_enabled(vcpu.vm):
+    # A change of WP and nothing else touches no table of the second dimension.
+    if changed == CR0_WP and tdp_enabled(vcpu.vm):
         roles_refresh(vcpu)
     elif changed & (CR0_PG | CR0_WP):
         context_reset(vcpu)
@@ -151,7 +152,7 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
     vcpu.regs.cr4 = value
     if changed & role_bits:
         context_reset(vcpu)
-    elif changed & CR4_PCIDE and value & CR4_PCIDE:
+    elif changed & CR4_PCIDE and value & CR4_PCIDE and not tdp_enabled(vcpu.vm):
         roots_free(vcpu, ROOTS_ALL)
     if changed & CR4_PGE or changed & CR4_PCIDE and not value & CR4_PCIDE:
         request(vcpu, REQ_TLB_FLUSH_GUEST)

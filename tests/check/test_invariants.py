@@ -12,7 +12,7 @@ import pytest
 import kvmmmu as km
 from kvmmmu.check import INVARIANTS, Snapshot, check_snapshot
 from kvmmmu.errors import InvariantError, VmBusyError, VmClosedError
-from machine import DATA, LONG, MMIO, P32, USER, Machine
+from machine import DATA, FLAT, LONG, MMIO, P32, USER, Machine
 
 Damage = Callable[[Snapshot], Any]
 
@@ -365,3 +365,12 @@ def test_a_running_vcpu_forbids_the_check() -> None:
         stop.set()
         thread.join()
     m.vm.check()
+
+
+def test_the_zero_page_may_stand_for_a_page_that_the_host_has_not_made() -> None:
+    m = Machine("shadow", FLAT)
+    m.vm.host_untouched(m.slot)
+    m.access(DATA)
+    m.access(DATA, "w", value=1)
+    m.vm.host_dontneed(m.slot, first_page=DATA >> 12, npages=1)
+    m.access(DATA)
