@@ -8,6 +8,7 @@ the guest instead ("unprotect and retry"), and leaves for user space at MMIO, to
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.paging cimport FAULT_NONE
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, guest_store
 from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulate_transfer, inject_guest_fault
@@ -18,15 +19,16 @@ from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_match_gpa, mmio_match_gva
-from kvmmmu.engine.pfns cimport slot_readonly
+from kvmmmu.engine.pfns cimport gfn_to_pfn, pfn_is_error, slot_readonly
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.state cimport (
     Access, INSN_ADD, INSN_CMPXCHG, INSN_FETCH, INSN_LOAD, INSN_MOVS, INSN_STORE, Insn, MmioExit,
-    OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT, SUBERROR_EMULATION, Slot,
+    OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT,
+    SUBERROR_EMULATION, Slot,
     VSTAT_INSN_EMULATION, VSTAT_INSN_EMULATION_FAIL, Vcpu,
 )
 from kvmmmu.engine.vcpu cimport (
-    access_begin, access_move, enter_ends, exit_ends, guest_own_fault, handle_exit, hardware_access,
+    MAX_EXITS, access_begin, access_move, enter_ends, exit_ends, guest_own_fault, handle_exit, hardware_access,
 )
 from kvmmmu.engine.write cimport track_write
 from kvmmmu.engine.zap cimport unprotect_gfn
@@ -35,6 +37,11 @@ cdef enum:
     STEP_DONE = 0
     STEP_FAULT = 1    # ``out`` holds the guest's fault
     STEP_EXIT = 2     # an MMIO read waits for its data
+
+cdef enum:
+    DECODE_END = 0       # ``out`` says how
+    DECODE_OK = 1
+    DECODE_RESUME = 2    # KVM could not, and lets the guest try again
 
 cdef struct Operand:
     # One translated memory operand, in up to two pieces.
@@ -232,8 +239,25 @@ cdef inline void emulate_run(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil
         out.outcome = OUTCOME_OK
 
 
-cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
-    """Fetch the instruction by software.  False: it ended here."""
+cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
+    """KVM cannot read the instruction.  True: unprotected what it wrote to, the guest may execute it itself."""
+    cdef Walk w   # the fault of the fetch stays in vcpu.walk
+    cdef uint64_t gpa = address
+    cdef uint8_t writable = 0
+    if not vcpu.root_role & ROLE_DIRECT:
+        if not guest_walk(vcpu, &w, address, user_bit(vcpu) | PFERR_WRITE):
+            return True
+        gpa = w.gpa
+    if pfn_is_error(gfn_to_pfn(vcpu.vm, vcpu_slot(vcpu, gpa >> 12), gpa >> 12, True, &writable)):
+        return False
+    mmu_write_lock(vcpu.vm)
+    unprotect_gfn(vcpu.vm, vcpu.id, gpa >> 12)
+    mmu_write_unlock(vcpu.vm)
+    return True
+
+
+cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Access *out) noexcept nogil:
+    """Fetch the instruction by software: DECODE_*.  ``retry``: a fault at ``address`` may be retried instead."""
     cdef uint8_t *host
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
@@ -241,18 +265,22 @@ cdef inline bint decode(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     vcpu.vectoring = 0
     if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
+        if retry and resume_undecoded(vcpu, address):
+            return DECODE_RESUME
         inject_guest_fault(vcpu, vcpu.rip, out)
-        return False
+        return DECODE_END
     host = guest_host(vcpu, vcpu.walk.gpa)
     if host != NULL:
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, insn.code_size, bits, False)
-        return True
+        return DECODE_OK
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
+    if retry and resume_undecoded(vcpu, address):
+        return DECODE_RESUME
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, True)
     vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
     out.outcome = OUTCOME_INTERNAL_ERROR
     out.suberror = SUBERROR_EMULATION
-    return False
+    return DECODE_END
 
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
@@ -262,7 +290,7 @@ cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     vcpu.retry_rip = 0
     vcpu.retry_address = 0
     out.path = PATH_EMULATED
-    decode(vcpu, insn, out)
+    decode(vcpu, insn, 0, False, out)
 
 
 cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, bint allowed) noexcept nogil:
@@ -296,9 +324,9 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     ``out.outcome`` MMIO with ``wants_data``: put the bytes into ``read_data`` and call
     ``insn_continue``.  MMIO writes are listed in ``exits`` and need nothing.
     """
-    cdef int fault, result
+    cdef int fault, result, decoded
     cdef uint64_t here = 0, known = ALL_ONES, address
-    cdef bint cached
+    cdef bint cached, retry
     cdef Operand code
     access_begin(out, insn.size)
     insn.n_exits = 0
@@ -333,10 +361,15 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
                 cached = mmio_match_gpa(vcpu, address)
             else:
                 cached = mmio_match_gva(vcpu, address)
-            if not decode(vcpu, insn, out):
+            retry = not cached and not vcpu.mmio_hit
+            decoded = decode(vcpu, insn, address, retry, out)
+            if decoded == DECODE_END:
                 return
-            if not retry_instead(vcpu, insn, address, not cached and not vcpu.mmio_hit):
+            if decoded == DECODE_OK and not retry_instead(vcpu, insn, address, retry):
                 emulate_run(vcpu, insn, out)
+                return
+            if out.exits >= MAX_EXITS:
+                out.outcome = OUTCOME_HANG
                 return
 
 

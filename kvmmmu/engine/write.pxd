@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_present
 from kvmmmu.engine.atomics cimport full_barrier, ld_u32, ld_u64, st_u32
-from kvmmmu.engine.guest cimport guest_host
+from kvmmmu.engine.guest cimport guest_host_atomic
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport gfn_first_page, gfn_next_page, page_at, role_level, role_quadrant
 from kvmmmu.engine.sptes cimport spte_zap
@@ -63,7 +63,7 @@ cdef inline uint64_t written_entry(Vcpu *vcpu, uint64_t *gpa, int *size) noexcep
         size[0] = 8
     if size[0] != 4 and size[0] != 8 or gpa[0] & <uint64_t>(size[0] - 1):
         return 0
-    host = guest_host(vcpu, gpa[0])
+    host = guest_host_atomic(vcpu, gpa[0])
     if host == NULL:
         return 0
     return ld_u64(<const uint64_t *>host) if size[0] == 8 else ld_u32(<const uint32_t *>host)
