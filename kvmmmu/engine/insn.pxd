@@ -259,6 +259,8 @@ cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
 cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Access *out) noexcept nogil:
     """Fetch the instruction by software: DECODE_*.  ``retry``: a fault at ``address`` may be retried instead."""
     cdef uint8_t *host
+    cdef Slot *slot
+    cdef int size = insn.code_size
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     # An event that was being delivered is forgotten once an instruction is emulated.
@@ -271,7 +273,12 @@ cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Acc
         return DECODE_END
     host = guest_host(vcpu, vcpu.walk.gpa)
     if host != NULL:
-        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, insn.code_size, bits, False)
+        if (vcpu.walk.gpa & 4095) + <uint64_t>size > 4096:
+            # The rest may stand elsewhere, or nowhere.
+            slot = vcpu_slot(vcpu, vcpu.walk.gpa >> 12)
+            if slot != vcpu_slot(vcpu, (vcpu.walk.gpa >> 12) + 1):
+                size = 4096 - <int>(vcpu.walk.gpa & 4095)
+        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, size, bits, False)
         return DECODE_OK
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
     if retry and resume_undecoded(vcpu, address):
