@@ -30,9 +30,7 @@ class Columns(ctypes.Structure):
 
 
 class Kinds(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint8) for name in ("mem", "fetch", "state", "memhi", "ptstore", "movcr", "store")
-    ]
+    _fields_ = [(name, ctypes.c_uint8) for name in ("mem", "fetch", "state", "memhi", "ptstore", "movcr", "store")]
 
 
 KINDS = Kinds(Kind.MEM, Kind.FETCH, Kind.STATE, Kind.MEMHI, Kind.PTSTORE, Kind.MOVCR, 1)
@@ -50,9 +48,7 @@ def reference_seconds(library: ctypes.CDLL) -> float:
     for chunk in trace.chunks():
         columns = Columns(*(getattr(chunk, name).ctypes.data for name in Columns._names))
         began = time.thread_time()
-        wrong = library.ref_replay(
-            *map(ctypes.byref, (paging, areas, columns, KINDS)), ctypes.c_size_t(len(chunk))
-        )
+        wrong = library.ref_replay(*map(ctypes.byref, (paging, areas, columns, KINDS)), ctypes.c_size_t(len(chunk)))
         seconds += time.thread_time() - began
         assert wrong == 0
     return seconds
@@ -66,21 +62,25 @@ def c_seconds(compile_c: Callable[[str], ctypes.CDLL]) -> Iterator[Callable[[], 
 
 @pytest.mark.parametrize("mmu", MMUS)
 @pytest.mark.benchmark(group="replay of the bundled recording")
-def bench_replay(benchmark: Any, c_seconds: Callable[[], float], mmu: Any) -> None:
-    reports = []
-    reference = [c_seconds()]
+def bench_replay(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    record: Callable[..., None],
+    c_seconds: Callable[[], float],
+    mmu: Any,
+) -> None:
+    reports, samples = [], {"": [], "c": []}
 
     def work() -> None:
         # CPU time on both sides: wall time under load would be compared with the machine's other work.
         with patch.object(kvmmmu.conform.replay, "time", SimpleNamespace(perf_counter=time.thread_time)):
             reports.append(replay(open_trace(SAMPLE), mmu=mmu))
 
-    # Times around the whole, unpacking included; the figures of interest are those inside the model.
-    benchmark.pedantic(work, rounds=ROUNDS if benchmark.enabled else 1)
-    if benchmark.enabled:
-        reference += [c_seconds() for _ in range(ROUNDS - 1)]
+    # Unpacking is left out: the figures of interest are those inside the model.
+    for _ in range(ROUNDS if benchmark.enabled or request.config.getoption("--ratios") else 1):
+        work()
+        samples[""].append(reports[-1].seconds)
+        samples["c"].append(c_seconds())
     assert all(report.ok for report in reports)
-    best = min(report.seconds for report in reports)
-    benchmark.extra_info["items"] = reports[0].events
-    benchmark.extra_info["items_per_second"] = round(reports[0].events / best)
-    benchmark.extra_info["time_over_c"] = round(best / min(reference), 3)
+    record(samples, items=reports[0].events)
+    benchmark.pedantic(work, rounds=1)

@@ -1,4 +1,4 @@
-"""Walks of tables in plain memory: one and many, one dimension and two, beside a plain C loop."""
+"""Batches through the guest's tables and the host's below them, beside a plain C loop."""
 
 import ctypes
 import importlib.util
@@ -22,19 +22,6 @@ ROOT = 0x1000
 WRITE, USER = 2, 4
 
 
-class Image:
-    """64 MiB of 4 KiB pages in scattered frames: 140 KiB of tables, which fit a second-level cache."""
-
-    def __init__(self) -> None:
-        self.memory = refs.aligned(1 << 20)
-        frames = np.random.default_rng(1).permutation(SPAN // 4096).tolist()
-        pairs = [(page * 4096, 0x1000000 + frame * 4096) for page, frame in enumerate(frames)]
-        refs.map_pages(self.memory.view(np.uint64), ROOT, 0x2000, pairs)
-        self.paging = km.Paging(**refs.LONG_MODE, cr3=ROOT, cpu=km.GuestCpu(maxphyaddr=46), memory=self.memory)
-        self.reference = refs.Paging.long_mode(ROOT, 46)
-        self.areas = refs.Memory.of((0, len(self.memory) - 1, self.memory.ctypes.data))
-
-
 def addresses(shape: str) -> np.ndarray:  # type: ignore[type-arg]
     """Offsets into the span: 64 accesses to a page, a new page each, or at random; 1 in 256 is not mapped."""
     step = {"64 a page": 64, "new page": 4096}
@@ -44,34 +31,6 @@ def addresses(shape: str) -> np.ndarray:  # type: ignore[type-arg]
         gvas = np.random.default_rng(2).integers(0, SPAN, N, np.uint64)
     gvas[::256] += np.uint64(1 << 40)
     return gvas
-
-
-@pytest.fixture(scope="module")
-def image() -> Image:
-    return Image()
-
-
-@pytest.mark.parametrize("shape", ["64 a page", "new page", "random"])
-@pytest.mark.benchmark(group="walk, 2^16 at once")
-def bench_batch(
-    against: Callable[..., None], compile_c: Callable[[str], ctypes.CDLL], image: Image, shape: str
-) -> None:
-    gvas = addresses(shape)
-    own, other = np.zeros(N, TRANSLATION), np.zeros(N, TRANSLATION)
-    library = compile_c("ref_walk.c")
-    arguments = (ctypes.byref(image.reference), ctypes.byref(image.areas), refs.pointer(gvas), ctypes.c_size_t(N))
-
-    def reference() -> None:
-        library.ref_translate(*arguments, ctypes.c_uint64(WRITE | USER), 0, refs.pointer(other))
-
-    def work() -> None:
-        image.paging.translate_into(gvas, own, "w", 3, False, False, False)
-
-    reference()
-    work()
-    assert np.array_equal(own, other)
-    assert (own["fault"] == 1).sum() == N // 256
-    against(work, items=N, c=reference, face=lambda: image.paging.translate(gvas, "w", cpl=3))
 
 
 @pytest.mark.parametrize("shape", ["new page", "random"])
@@ -110,10 +69,3 @@ def bench_nested(against: Callable[..., None], compile_c: Callable[[str], ctypes
     assert np.array_equal(own, other)
     assert (own["fault"] == 0).sum() == N - N // 256
     against(work, items=N, c=reference)
-
-
-@pytest.mark.benchmark(group="one walk from Python")
-def bench_one(against: Callable[..., None], image: Image) -> None:
-    walk = image.paging.walk
-    assert walk(0x5123) == image.paging.translate([0x5123])["gpa"][0]
-    against(lambda: walk(0x5123), items=1, len=lambda: len("walk"))

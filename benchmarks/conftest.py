@@ -51,7 +51,12 @@ def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
     def compile_one(name: str) -> ctypes.CDLL:
         out = folder / f"{Path(name).stem}.so"
         subprocess.run([compiler(), *FLAGS, str(HERE / name), "-o", str(out)], check=True)
-        return ctypes.CDLL(str(out))
+        library = ctypes.CDLL(str(out))
+        for function in ("ref_translate", "ref_translate_ad", "ref_translate_unrolled"):
+            if hasattr(library, function):
+                pointer = ctypes.c_void_p
+                getattr(library, function).argtypes = [*[pointer] * 3, ctypes.c_size_t, ctypes.c_uint64, pointer]
+        return library
 
     return compile_one
 

@@ -125,10 +125,17 @@ int ref_walk(const struct ref_paging *p, struct ref_memory *m, uint64_t va, uint
 }
 
 void ref_translate(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n, uint64_t access,
-                   int set_ad, struct ref_translation *out)
+                   struct ref_translation *out)
 {
     for (size_t i = 0; i < n; i++)
-        ref_walk(p, m, gvas[i], access, set_ad, &out[i]);
+        ref_walk(p, m, gvas[i], access, 0, &out[i]);
+}
+
+void ref_translate_ad(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n, uint64_t access,
+                      struct ref_translation *out)
+{
+    for (size_t i = 0; i < n; i++)
+        ref_walk(p, m, gvas[i], access, 1, &out[i]);
 }
 
 /*
@@ -179,17 +186,17 @@ leaf:
     t->entry = entry;
     t->fault = 0;
     t->page_shift = (uint8_t)(12 + 9 * (level - 1));
-    t->access = (uint8_t)(!(any & NX) | (all & (W | U)));
+    t->access = (uint8_t)((any & NX ? 0 : 1) | (all & (W | U)));
     t->level = (uint8_t)level;
     t->unused = 0;
     return 0;
 }
 
 void ref_translate_unrolled(const struct ref_paging *p, struct ref_memory *m, const uint64_t *gvas, size_t n,
-                            uint64_t access, int set_ad, struct ref_translation *out)
+                            uint64_t access, struct ref_translation *out)
 {
     for (size_t i = 0; i < n; i++)
-        ref_walk_unrolled(p, m, gvas[i], access, set_ad, &out[i]);
+        ref_walk_unrolled(p, m, gvas[i], access, 0, &out[i]);
 }
 
 /*

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
-from kvmmmu.outcome import Outcome, Path
+from kvmmmu.outcome import Fault, Outcome, Path, Rights
 
 # ---- C table
 
@@ -92,6 +92,32 @@ class SpteCodec:
 @disjoint_base
 class WalkColumn: ...
 
+FAULTS: tuple[Fault, ...]
+RIGHTS: tuple[Rights, ...]
+
+@final
+class TranslationRow:
+    @property
+    def gva(self) -> int: ...
+    @property
+    def gpa(self) -> int | None: ...
+    @property
+    def fault(self) -> Fault: ...
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def error_code(self) -> int: ...
+    @property
+    def fault_gpa(self) -> int: ...
+    @property
+    def entry(self) -> int: ...
+    @property
+    def level(self) -> int: ...
+    @property
+    def page_shift(self) -> int: ...
+    @property
+    def rights(self) -> Rights: ...
+
 @disjoint_base
 class PagingCore(TablesHandle):
     def __init__(
@@ -112,6 +138,7 @@ class PagingCore(TablesHandle):
         implicit: bool = ...,
         set_ad: bool = ...,
     ) -> int: ...
+    def translate_one(self, gva: int, /) -> TranslationRow: ...
     def translate_into(
         self, gvas: Any, out: Any, access: str, cpl: int, ac: bool, implicit: bool, set_ad: bool
     ) -> None: ...

@@ -1,10 +1,10 @@
-"""How an access of a guest can end, and who carried it out."""
+"""How walks and accesses of a guest can end, who carried them out, and what they permit."""
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
-__all__ = ["Outcome", "Path"]
+__all__ = ["Fault", "Outcome", "Path", "Rights"]
 
 
 class Outcome(IntEnum):
@@ -37,3 +37,23 @@ class Path(IntEnum):
     FAULT = 1
     #: KVM's emulator.
     EMULATED = 2
+
+
+class Fault(IntEnum):
+    """How a walk can end other than well (the numbers of ``Paging.translate``'s ``fault`` column)."""
+
+    NONE = 0
+    PF = 1
+    GP = 2
+    PDPTE = 3
+    EPT_VIOLATION = 4
+    EPT_MISCONFIG = 5
+    NPF = 6
+
+
+class Rights(IntFlag):
+    """What a translation permits.  In EPT ``U`` stands for "may be read"."""
+
+    X = 1
+    W = 2
+    U = 4

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Any
 
+from kvmmmu.outcome import Fault, Rights
+
 __all__ = ["Fault", "PagingFormat", "Rights", "WalkEntry", "WalkResult", "walk_result"]
-
-
-class Fault(IntEnum):
-    """How a walk can end other than well (the numbers of ``Paging.translate``'s ``fault`` column)."""
-
-    NONE = 0
-    PF = 1
-    GP = 2
-    PDPTE = 3
-    EPT_VIOLATION = 4
-    EPT_MISCONFIG = 5
-    NPF = 6
 
 
 class PagingFormat(IntEnum):
@@ -29,14 +19,6 @@ class PagingFormat(IntEnum):
     PAE = 2
     LONG = 3
     EPT = 4
-
-
-class Rights(IntFlag):
-    """What a translation permits.  In EPT ``U`` stands for "may be read"."""
-
-    X = 1
-    W = 2
-    U = 4
 
 
 @dataclass(frozen=True)

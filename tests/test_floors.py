@@ -17,9 +17,9 @@ DIRECTIVES = (
 # Inside engine/ a file cimports only those before it.  The one list; add a new room where the truth asks for it.
 ENGINE_ORDER = (
     "answers hooks state atomics claim memory codec events drain memmap reserve memslots slotsets hostmem locks walk "
-    "quick translate accept pdecache ring batch cases snapshot hostpages pfns pages rmap tlb lookup guest sptes track "
-    "zap leaf prefetch sync shadow roles tdp trees mmiocache roots fault notifier dirty region birth write registers "
-    "emulate vcpu moves insn replay embed"
+    "quick translate single accept pdecache ring batch cases snapshot hostpages pfns pages rmap tlb lookup guest sptes "
+    "track zap leaf prefetch sync shadow roles tdp trees mmiocache roots fault notifier dirty region birth write "
+    "registers emulate vcpu moves insn replay embed"
 ).split()
 
 # From the ground up; a floor imports only from itself and the floors below.
@@ -48,7 +48,7 @@ FRONT = next(number for number, (name, _) in enumerate(FLOORS) if name == "eyes 
 
 ROOM_LINES = 500
 # The door cannot be split (one extension, no include); it holds checks only and is kept short by review.
-DOOR_LINES = 2000
+DOOR_LINES = 2300
 # Every struct of the machine stands in one file, by design.
 STATE_LINES = 700
 

@@ -9,7 +9,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport EPT_RWX, PT_PRESENT_MASK
 from kvmmmu.bits.mmio cimport mmio_spte_access, mmio_spte_gen, mmio_spte_gfn, mmio_spte_make
-from kvmmmu.bits.paging cimport FMT_EPT, Paging, rsvd_fault
+from kvmmmu.bits.paging cimport FMT_EPT, Paging
 from kvmmmu.bits.spte cimport SpteMasks, spte_is_mmio
 
 
@@ -59,9 +59,15 @@ cdef inline uint64_t codec_present_bits(const Paging *p) noexcept nogil:
 cdef inline void codec_reserved(const Paging *paging, int level, const uint64_t *entry, uint8_t *out,
                                 size_t n) noexcept nogil:
     """1 where a present entry of ``level`` has reserved bits set (EPT: is misconfigured)."""
-    cdef Paging p = paging[0]
-    cdef uint64_t present = codec_present_bits(&p)
+    cdef uint64_t present = codec_present_bits(paging)
+    # Of this level alone, so that the loop asks nothing else: what ``rsvd_fault`` looks at.
+    cdef uint64_t reserved[2]
+    cdef uint64_t bad = paging.bad_mt_xwr
+    cdef uint64_t wrong
     cdef size_t i
+    reserved[0] = paging.rsvd[0][level]
+    reserved[1] = paging.rsvd[1][level]
     for i in range(n):
+        wrong = (entry[i] & reserved[(entry[i] >> 7) & 1]) | ((bad >> (entry[i] & 63)) & 1)
         # Not "and": entries are data, a branch on each would be guessed wrong half the time.
-        out[i] = ((entry[i] & present) != 0) & rsvd_fault(&p, level, entry[i])
+        out[i] = ((entry[i] & present) != 0) & (wrong != 0)

@@ -52,6 +52,15 @@ def test_a_goal_for_a_feature_that_the_cpu_lacks_does_not_apply(monkeypatch: pyt
     assert judge(rows, ["avx512f"])[0]["met"] is False
 
 
+def test_a_rate_is_judged_by_the_slowest_in_millions_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(goals, "GOALS", (Goal("replay", "bench_a|bench_b", goals.RATE, least=4),))
+    slow = row("bench_b") | {"items": 3_000_000, "seconds": {"median": 1.0}}
+    fast = row("bench_a") | {"items": 9_000_000, "seconds": {"median": 1.0}}
+    (verdict,) = judge([slow, fast], [])
+    assert (verdict["met"], verdict["bench"]) == (False, "bench_b")
+    assert verdict["ratio"] == pytest.approx(3)
+
+
 def test_every_goal_has_a_name_of_its_own_and_one_bound() -> None:
     names = [goal.name for goal in goals.GOALS]
     assert len(names) == len(set(names))

@@ -86,7 +86,15 @@ def test_a_batch_is_walks_one_by_one(mode, host, tables, below, gvas, access, fl
                 assert set_ad or single.walk(gva, access, cpl, ac=ac, implicit=implicit) == gpa
                 assert row["access"] == result.rights
                 assert (row["level"], row["entry"]) == (result.entries[-1].level, result.entries[-1].value)
+            else:
+                assert set_ad or single.walk(gva, access, cpl, ac=ac, implicit=implicit) == -1
         assert np.array_equal(once, again)
+        # The same once more by the walk that single calls have to themselves.
+        for gva, row in zip(gvas, single.translate(gvas), strict=True):
+            one = single.translate_one(gva)
+            fields = (one.gva, one.gpa or 0, one.error_code, one.fault_gpa, one.entry, one.fault, one.page_shift)
+            assert (*fields, one.rights, one.level) == row.item()
+            assert single.walk(gva) == (-1 if one.gpa is None else one.gpa)
 
 
 @pytest.mark.parametrize("mode", ["PAE", "4-level", "5-level"])

@@ -1,0 +1,102 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""One translation for one call from Python: what a batch sets up once would cost more here than the walk.
+
+The 64-bit format, whose levels stand here one after the other, says "yes" only where ``walk.pxd`` would give the
+same translation; everything else is walked as ``quick.pxd`` and ``walk.pxd`` do.
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.guest_walk cimport Walk, walk_entry_offset, walk_rights
+from kvmmmu.bits.paging cimport DIALECT_SDM, FAULT_NONE, FMT_64, FMT_NONE, Paging, va_canonical
+from kvmmmu.engine.quick cimport Quick, quick_finish
+from kvmmmu.engine.state cimport MemMap
+from kvmmmu.engine.translate cimport walk_any
+from kvmmmu.engine.walk cimport kvmmmu_ld_u64
+
+
+cdef inline bint single_unusual(const Paging *p, int level, uint64_t entry) noexcept nogil:
+    return not entry & PT_PRESENT_MASK or entry & p.rsvd[(entry >> 7) & 1][level]
+
+
+cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_t va, uint64_t access, bint ac,
+                             bint set_ad, Quick *q) noexcept nogil:
+    # Tables rarely stand in two areas: the one that the last walk ended in, or it is unusual.
+    cdef const uint8_t *memory = m.host[hint]
+    cdef uint64_t start = m.first[hint] << 12
+    cdef uint64_t nbytes = m.npages[hint] << 12
+    # Each load waits for the one before: what can be added up beside it is.
+    cdef uint64_t at, entry = p.root, mask = p.addr_mask
+    cdef uint64_t every = ALL_ONES  # bits that all entries have
+    cdef uint64_t some = 0          # bits that one has
+    cdef int level = LEVEL_4K
+    va &= p.va_mask
+    if not va_canonical(va, p.va_shift) or va & p.va_limit or memory == NULL:
+        return False
+    if p.levels == LEVEL_256T:
+        at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_256T) - start)
+        if at >= nbytes:
+            return False
+        entry = kvmmmu_ld_u64(<const uint64_t *>(memory + at))
+        if single_unusual(p, LEVEL_256T, entry):
+            return False
+        every &= entry
+        some |= entry
+    at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_512G) - start)
+    if at >= nbytes:
+        return False
+    entry = kvmmmu_ld_u64(<const uint64_t *>(memory + at))
+    if single_unusual(p, LEVEL_512G, entry):
+        return False
+    every &= entry
+    some |= entry
+    at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_1G) - start)
+    if at >= nbytes:
+        return False
+    entry = kvmmmu_ld_u64(<const uint64_t *>(memory + at))
+    if single_unusual(p, LEVEL_1G, entry):
+        return False
+    every &= entry
+    some |= entry
+    if entry & PT_PAGE_SIZE_MASK:
+        level = LEVEL_1G
+    else:
+        at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_2M) - start)
+        if at >= nbytes:
+            return False
+        entry = kvmmmu_ld_u64(<const uint64_t *>(memory + at))
+        if single_unusual(p, LEVEL_2M, entry):
+            return False
+        every &= entry
+        some |= entry
+        if entry & PT_PAGE_SIZE_MASK:
+            level = LEVEL_2M
+        else:
+            at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_4K) - start)
+            if at >= nbytes:
+                return False
+            entry = kvmmmu_ld_u64(<const uint64_t *>(memory + at))
+            if single_unusual(p, LEVEL_4K, entry):
+                return False
+            every &= entry
+            some |= entry
+    q.entry = entry
+    q.level = level
+    # Every entry may take rights away: W and U where it lacks them, X where it has NX.
+    q.acc = walk_rights(FMT_64, (every & ~PT64_NX_MASK) | (some & PT64_NX_MASK))
+    return quick_finish(FMT_64, p, va, access, ac, set_ad, every & p.accessed, q)
+
+
+cdef inline bint single_flat(const Paging *p, const Paging *host, const MemMap *m) noexcept nogil:
+    """``single_walk`` may be asked."""
+    return p.format == FMT_64 and p.dialect == DIALECT_SDM and host.format == FMT_NONE and m.n > 0
+
+
+cdef inline bint single_gpa(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
+                            uint64_t access, bint ac, bint set_ad, uint64_t *gpa) noexcept nogil:
+    """The address alone, by the general walk; False where the access faults."""
+    cdef Walk w, hw
+    if walk_any(p, host, m, hint, &w, &hw, gva, access, ac, set_ad) != FAULT_NONE:
+        return False
+    gpa[0] = w.gpa if host.format == FMT_NONE else hw.gpa
+    return True
