@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The lockless shadow walk: each spte is read once, and only what was read decides."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
 
 cdef extern from "kvmmmu/atomics.h" nogil:
@@ -15,11 +15,15 @@ cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, ui
     ``sptes[level]`` receives every entry passed.  The walk ends at level 1, at a large
     leaf, or at an entry that is not shadow-present, which may be empty, REMOVED or MMIO.
     """
+    # A table's number is its place in the arena, so the address bits of an entry are the offset of the next table.
+    cdef const uint8_t *base = <const uint8_t *>arena
+    cdef uint64_t offset = table << 12
     cdef uint64_t spte
     while True:
-        spte = kvmmmu_ld_acquire_u64(arena + (table << 9) + ((address >> (12 + 9 * (level - 1))) & 511))
+        # The entry's index, times its eight bytes.
+        spte = kvmmmu_ld_acquire_u64(<const uint64_t *>(base + ((address >> (9 * level)) & 0xff8) + offset))
         sptes[level] = spte
         if level == LEVEL_4K or not spte & SPTE_MMU_PRESENT or spte & PT_PAGE_SIZE_MASK:
             return level
-        table = (spte & PT_ADDR_MASK) >> 12
+        offset = spte & PT_ADDR_MASK
         level -= 1

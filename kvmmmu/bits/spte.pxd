@@ -130,12 +130,12 @@ cdef inline bint spte_executable(const SpteMasks *m, uint64_t spte) noexcept nog
     return (spte & (m.x | m.nx)) == m.x
 
 cdef inline bint spte_permits(const SpteMasks *m, uint64_t spte, bint write, bint fetch) noexcept nogil:
-    """Linux 6.1's test of the fast path: reads need a present spte only."""
+    """The fast path's test: reads need bit 0, which is P and, in EPT, the R that an access-tracked leaf lacks."""
     if fetch:
         return spte_executable(m, spte)
     if write:
         return spte_writable(spte)
-    return spte_present(spte)
+    return (spte & PT_PRESENT_MASK) != 0
 
 cdef inline bint spte_has_volatile_bits(const SpteMasks *m, uint64_t spte) noexcept nogil:
     """Another agent may change this leaf without mmu_lock, so an update must exchange it.

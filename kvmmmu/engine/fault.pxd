@@ -16,8 +16,8 @@ from kvmmmu.engine.events cimport (
 )
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hooks cimport (
-    MUTANT_PLAIN_STORE, MUTANT_SECOND_READ, POINT_FAST_READ, POINT_FAULT_LOCKED, POINT_FAULT_PFN, POINT_MMIO_FRESH,
-    POINT_SLOT_FOUND, hook, mutant,
+    MUTANT_LATE_GENERATION, MUTANT_PLAIN_STORE, MUTANT_SECOND_READ, POINT_FAST_READ, POINT_FAULT_LOCKED,
+    POINT_FAULT_PFN, POINT_MMIO_FRESH, POINT_SLOT_FOUND, hook, mutant,
 )
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
@@ -50,10 +50,10 @@ cdef enum:
 cdef inline int walk_sptes(Vcpu *vcpu, uint64_t address, uint64_t *sptes, int *top) noexcept nogil:
     """The lockless walk from the current root; level of the last spte, 0 if there is no table."""
     cdef int level, leaf = 0
-    cdef int32_t table
-    kvmmmu_reading_begin(vcpu.line)
-    table = root_table(vcpu.vm, vcpu.root.page, address, &level)
+    # The root is the vCPU's own: it stands whether the vCPU reads or not.
+    cdef int32_t table = root_table(vcpu.vm, vcpu.root.page, address, &level)
     top[0] = level
+    kvmmmu_reading_begin(vcpu.line)
     if table:
         leaf = shadow_walk(vcpu.vm.arena.sptes, <uint64_t>table, level, address, sptes)
         if mutant(vcpu.vm, MUTANT_SECOND_READ):
@@ -82,7 +82,11 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     if cached:
         vcpu.stats[<int>VSTAT_MMIO_CACHE_HIT] += 1
         return RET_PF_EMULATE
+    # Before the walk: a stale spte in hand would look new if the numbers went round in between.
+    gen = vcpu_generation(vcpu)
     leaf = walk_sptes(vcpu, address, sptes, &top)
+    if mutant(vm, MUTANT_LATE_GENERATION):
+        gen = vcpu_generation(vcpu)
     if leaf == 0:
         return RET_PF_RETRY
     for level in range(leaf, top + 1):
@@ -93,7 +97,6 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
         return RET_PF_RETRY
     gfn = mmio_spte_gfn(&vm.masks, spte)
     access = mmio_spte_access(&vm.masks, spte)
-    gen = vcpu_generation(vcpu)
     ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
     if not mmio_gen_valid(gen, spte):
         return RET_PF_INVALID

@@ -16,7 +16,7 @@ from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commi
 from kvmmmu.engine.hooks cimport POINT_SLOT_INVALID, POINT_SLOT_ZAPPED, hook
 from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_make_arrays
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.slotsets cimport slots_swap, slotset_new, slotset_overlap, slotset_replace
+from kvmmmu.engine.slotsets cimport slots_publish, slots_settle, slotset_new, slotset_overlap, slotset_replace
 from kvmmmu.engine.tdp cimport tdp_invalidate_roots, tdp_zap_invalid_roots
 from kvmmmu.engine.zap cimport set_max_pages, zap_all_fast
 
@@ -131,13 +131,16 @@ cdef inline void work_free(Work *w) noexcept nogil:
 
 
 cdef inline void region_swap(Vm *vm, int as_id, SlotSet **next) noexcept nogil:
-    """Publish; when the part of the generation that an mmio spte holds wraps, old sptes would look new."""
-    cdef uint64_t generation = slots_swap(vm, as_id, next[0])
-    next[0] = NULL
-    if vm.switches.mmio_scheme != MMIO_GENERATION or not vm.masks.mmio_caching:
-        return
-    if (generation & MMIO_GEN_MASK & ~<uint64_t>(ADDRESS_SPACES - 1)) == 0:
+    """Publish; when the part of the generation that an mmio spte holds wraps, old sptes would look new.
+
+    They go while bit 63 still stands: once the new number does, one of them could be believed.
+    """
+    cdef uint64_t generation = slots_publish(vm, as_id, next[0])
+    if (vm.switches.mmio_scheme == MMIO_GENERATION and vm.masks.mmio_caching
+            and (generation & MMIO_GEN_MASK & ~<uint64_t>(ADDRESS_SPACES - 1)) == 0):
         region_flush_shadow(vm)
+    slots_settle(vm, next[0], generation)
+    next[0] = NULL
 
 
 cdef inline bint work_invalidate(const Vm *vm, Work *w, Slot *old) noexcept nogil:

@@ -230,6 +230,9 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
             if gpte_changed(vcpu, w, level - 1):
                 return RET_PF_RETRY
             page_link(vcpu, index, child)
+        elif gpte_changed(vcpu, w, level - 1):
+            # Written since the walk, and its spte zapped: what was read then must not come back.
+            return RET_PF_RETRY
         table = child
         level -= 1
     adjust_huge_page(vcpu, f)

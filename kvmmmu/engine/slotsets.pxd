@@ -88,9 +88,10 @@ cdef inline const Slot *slotset_overlap(const SlotSet *s, uint64_t base_gfn, uin
     return NULL
 
 
-cdef inline uint64_t slots_swap(Vm *vm, int as_id, SlotSet *next) noexcept nogil:
-    """Publish a table; returns the new generation.  The table it replaces is freed.
+cdef inline uint64_t slots_publish(Vm *vm, int as_id, SlotSet *next) noexcept nogil:
+    """Publish a table and wait for the readers of the one it replaces, which is freed.
 
+    Returns the generation to settle on.
     While old and new readers coexist the generation carries bit 63, so that nothing
     learnt from the old table is taken for knowledge of the new one.
     """
@@ -103,7 +104,11 @@ cdef inline uint64_t slots_swap(Vm *vm, int as_id, SlotSet *next) noexcept nogil
     hook(vm, POINT_SLOT_DRAINED)
     if not mutant(vm, MUTANT_NO_GENERATION):
         generation += ADDRESS_SPACES
-    st_release_u64(&next.generation, generation)
-    hook(vm, POINT_SLOT_SETTLED)
     free(old)
     return generation
+
+
+cdef inline void slots_settle(Vm *vm, SlotSet *published, uint64_t generation) noexcept nogil:
+    """The update is over: what is cached from now on is knowledge of this table."""
+    st_release_u64(&published.generation, generation)
+    hook(vm, POINT_SLOT_SETTLED)

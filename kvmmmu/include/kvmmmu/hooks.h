@@ -56,6 +56,8 @@ enum {
     KVMMMU_MUTANT_LINK_EARLY,      /* a child is linked before its entries are empty */
     KVMMMU_MUTANT_NO_SEQ,          /* the notifier does not count */
     KVMMMU_MUTANT_PLAIN_STORE,     /* the lockless repair stores instead of exchanging */
+    KVMMMU_MUTANT_NO_REREAD,       /* a fault does not read its table again under the lock */
+    KVMMMU_MUTANT_LATE_GENERATION, /* the generation is read after the walk */
     KVMMMU_MUTANTS
 };
 
