@@ -15,12 +15,8 @@ from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64
 from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
 )
-<<<<<<< HEAD
-from kvmmmu.engine.hostpages cimport HOSTPAGE_ABSENT, HOSTPAGE_STATE, host_read, host_state, host_write
-=======
 from kvmmmu.engine.hooks cimport MUTANT_NO_REREAD, mutant
-from kvmmmu.engine.hostpages cimport host_read, host_write
->>>>>>> main
+from kvmmmu.engine.hostpages cimport HOSTPAGE_ABSENT, HOSTPAGE_STATE, host_read, host_state, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_pfn, slot_visible
 from kvmmmu.engine.pfns cimport slot_readonly
@@ -153,11 +149,7 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
 
 cdef inline bint gpte_changed(Vcpu *vcpu, const Walk *w, int level) noexcept nogil:
     """The guest rewrote the entry of ``level`` since the walk read it."""
-<<<<<<< HEAD
     cdef uint8_t *host = guest_host_atomic(vcpu, w.entry_gpas[level])
-=======
-    cdef uint8_t *host = guest_host(vcpu, w.entry_gpas[level])
     if mutant(vcpu.vm, MUTANT_NO_REREAD):
         return False
->>>>>>> main
     return host == NULL or gpte_load(vcpu.guest.format, host) != w.entries[level]
