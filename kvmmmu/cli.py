@@ -322,6 +322,7 @@ def decode(
 @click.option("--quick", is_flag=True, help="A tenth of the time a row, no large tables: for CI, not for figures.")
 @click.option("--only", metavar="EXPRESSION", help="Only benchmarks whose name fits (pytest's -k).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw it here (.svg, .png).")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Say what changed since.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
@@ -330,6 +331,7 @@ def bench(
     quick: bool,
     only: str | None,
     output: Path | None,
+    figure: Path | None,
     compare: Path | None,
     as_json: bool,
 ) -> None:
@@ -351,6 +353,10 @@ def bench(
         report["changes"] = suite.changes(old, report)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
+    if figure is not None:
+        from kvmmmu.analysis.bench_figure import draw
+
+        draw(report, figure)
     if as_json:
         _print_json(report)
     else:

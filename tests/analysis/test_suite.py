@@ -102,6 +102,22 @@ def test_bench_runs_a_row_writes_it_and_compares_it(tmp_path: Path) -> None:
     assert [entry["name"] for entry in json.loads(second.output)["changes"]["rows"]] == ["bench_decode_one"]
 
 
+def test_a_figure_shows_shapes_and_slots_and_is_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra 'bench'")
+    from kvmmmu.analysis.bench_figure import draw
+
+    rows = [row("bench_shape[L2-new page]", c=0.3, c_unrolled=0.5), row("bench_slot[512-local]", binary=0.2)]
+    for name in ("one.svg", "two.svg"):
+        draw(report(*rows), tmp_path / name)
+    text = (tmp_path / "one.svg").read_text()
+    assert "new page, L2" in text and "binary search in C" in text
+    assert text == (tmp_path / "two.svg").read_text()
+    with pytest.raises(ArgumentError, match="nothing to draw"):
+        draw(report(row("bench_other", c=1.0)), tmp_path / "none.svg")
+    with pytest.raises(ArgumentError, match=r"figure\.doc"):
+        draw(report(*rows), tmp_path / "figure.doc")
+
+
 def test_an_expression_that_fits_nothing_is_bad_input() -> None:
     result = CliRunner().invoke(main, ["bench", "--quick", "--only", "no_such_bench"])
     assert result.exit_code == 2
