@@ -62,16 +62,25 @@ def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def kernels(build_pyx: Callable[[str], ModuleType]) -> ModuleType:
     """``kernels.pyx``, built against kvmmmu as any dependant is."""
+    return build_pyx("kernels")
+
+
+@pytest.fixture(scope="session")
+def build_pyx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModuleType]:
+    """Build and import a Cython file of this directory by name."""
+    return functools.cache(lambda name: _build_pyx(name, tmp_path_factory.mktemp(name)))
+
+
+def _build_pyx(name: str, folder: Path) -> ModuleType:
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
 
-    folder = tmp_path_factory.mktemp("kernels")
-    shutil.copy(HERE / "kernels.pyx", folder)
+    shutil.copy(HERE / f"{name}.pyx", folder)
     extension = Extension(
-        "kernels",
-        [str(folder / "kernels.pyx")],
+        name,
+        [str(folder / f"{name}.pyx")],
         include_dirs=[kvmmmu.get_include()],
         extra_compile_args=["-O3", "-fwrapv", "-g0"],
     )
@@ -82,8 +91,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         build.build_lib = build.build_temp = str(folder)
         build.ensure_finalized()
         build.run()
-    (built,) = folder.glob("kernels*.so")
-    spec = importlib.util.spec_from_file_location("kernels", built)
+    (built,) = folder.glob(f"{name}*.so")
+    spec = importlib.util.spec_from_file_location(name, built)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

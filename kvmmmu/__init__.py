@@ -9,6 +9,7 @@ from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.memslots import MemSlot, MemSlots
 from kvmmmu.outcome import Outcome, Path
 from kvmmmu.paging import EptTables, NptTables, Paging
+from kvmmmu.tlb import Tlb
 from kvmmmu.vcpu import VCpu
 from kvmmmu.vm import VM
 
@@ -25,6 +26,7 @@ __all__ = [
     "Outcome",
     "Paging",
     "Path",
+    "Tlb",
     "VCpu",
     "__version__",
     "get_include",

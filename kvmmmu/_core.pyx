@@ -866,12 +866,15 @@ from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_w
 from kvmmmu.engine.notifier cimport slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free
-from kvmmmu.engine.registers cimport REG_OK, set_sregs, write_efer
+from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
 from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
+from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
+from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
+from kvmmmu.engine.tlblist cimport TLB_RECORD_WORDS, tlb_records
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
 
 import operator
@@ -893,7 +896,8 @@ VM_STATS_ORDER = (
 VCPU_STATS_ORDER = (
     "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest", "tlb_flush",
     "invlpg", "mmio_exits", "insn_emulation", "insn_emulation_fail", "mmio_cache_hit", "mmio_spte_hit", "mmio_slow",
-    "slot_search", "guest_walk",
+    "slot_search", "guest_walk", "tlb_hit", "tlb_miss", "tlb_nested_hit", "tlb_nested_miss", "walk_cache_hit",
+    *[f"walk_refs_l{level}" for level in range(1, 6)], *[f"nested_walk_refs_l{level}" for level in range(1, 6)],
 )
 # By number: the tracepoint of EV_*.
 EVENT_KINDS = (
@@ -1310,6 +1314,21 @@ cdef class VmCore(VmHandle):
             if n == room:
                 return out
 
+    def tlb_list(self, int vcpu_id):
+        """What a vCPU's TLB holds now: rows of words as ``tlblist.pxd`` has them."""
+        cdef uint64_t n
+        cdef uint64_t address
+        self.check_idle("a list of what is cached")
+        if not 0 <= vcpu_id < self.vm.n_vcpus:
+            raise ArgumentError(f"vcpu_id is {vcpu_id}; allowed are 0 .. {self.vm.n_vcpus - 1}")
+        n = tlb_records(self.vm.vcpus[vcpu_id], NULL, 0)
+        out = np.empty((n, TLB_RECORD_WORDS), np.uint64)
+        address = out.ctypes.data
+        mmu_write_lock(self.vm)
+        tlb_records(self.vm.vcpus[vcpu_id], <uint64_t *>address, n)
+        mmu_write_unlock(self.vm)
+        return out
+
     # -- counters
 
     def vm_stats(self):
@@ -1615,6 +1634,36 @@ cdef class VcpuCore(VcpuHandle):
             with nogil:
                 roots_sync(self.vcpu)
         self.release()
+
+    # -- the processor's caches of translations
+
+    def tlb_start(self, list geometry not None, bint spurious_faults):
+        """Cache translations from now on, in arrays of (sets, ways); checked by ``kvmmmu.Tlb``."""
+        cdef uint32_t numbers[2 * GEOMETRY_ARRAYS]
+        cdef int i
+        for i, (sets, ways) in enumerate(geometry):
+            numbers[2 * i] = sets
+            numbers[2 * i + 1] = ways
+        self.claim()
+        if self.vcpu.tlb == NULL:
+            self.vcpu.tlb = tlb_new(numbers, spurious_faults)
+        tlb_retag(self.vcpu)
+        self.release()
+        if self.vcpu.tlb == NULL:
+            raise MemoryError("no memory for a TLB")
+
+    def tlb_instruction(self, int which, int kind, uint64_t pcid, uint64_t gva):
+        """INVEPT (0), INVVPID (1), INVPCID (2); False: #GP(0), nothing changed."""
+        cdef int result = REG_OK
+        self.claim()
+        if which == 2:
+            result = vcpu_invpcid(self.vcpu, kind, pcid, gva)
+        elif which:
+            tlb_invvpid(self.vcpu, kind, gva)
+        else:
+            tlb_invept(self.vcpu)
+        self.release()
+        return result == REG_OK
 
     # -- accesses
 

@@ -126,6 +126,7 @@ def main() -> None:
     type=click.Choice(["off", "zap_all", "generation", "unguarded"]),
     help="How MMIO faults are cached; the behaviour profile's own scheme if not given.",
 )
+@click.option("--tlb", is_flag=True, help="Let the processor cache translations; count hits and table entries read.")
 @click.option("--pages", type=click.Path(path_type=Path), help="The .npz with a raw trace's page tables.")
 @click.option("--memory-map", type=click.Path(path_type=Path), help="The machine's map (default: memory-map.json).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -135,6 +136,7 @@ def replay(
     trace: Path | None,
     mmu: Any,
     mmio_scheme: Any,
+    tlb: bool,
     pages: Path | None,
     memory_map: Path | None,
     as_json: bool,
@@ -144,6 +146,7 @@ def replay(
     Without TRACE the sample that is installed with the package is replayed.
     """
     from kvmmmu.conform import replay as engine
+    from kvmmmu.tlb import Tlb
     from kvmmmu.traces import bundled_trace, open_trace
 
     opened = open_trace(trace or bundled_trace(), pages=pages, memory_map=memory_map)
@@ -152,7 +155,11 @@ def replay(
         modes: Iterable[Any] = MMUS if mmu == "all" else (mmu,)
         for mode in modes:
             bar.describe(mode)
-            reports.append(engine.replay(opened, mmu=mode, mmio_scheme=mmio_scheme, progress=bar.advance))
+            reports.append(
+                engine.replay(
+                    opened, mmu=mode, mmio_scheme=mmio_scheme, tlb=Tlb() if tlb else None, progress=bar.advance
+                )
+            )
     if as_json:
         _print_json({"trace": str(opened.path), "modes": [report.as_dict() for report in reports]})
     else:
@@ -188,6 +195,7 @@ def _replay_table(console: Console, reports: list[Any]) -> None:
     group("MMIO served by ", "mmio")
     group("", "faults")
     group("", "counters")
+    group("", "tlb")
     console.print(table)
     for report in reports:
         if report.first is not None:

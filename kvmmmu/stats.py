@@ -6,8 +6,17 @@ from collections.abc import Iterator, Mapping
 
 from kvmmmu._core import VCPU_STATS_ORDER, VM_STATS_ORDER, VmCore
 
-__all__ = ["VCpuStats", "VmStats"]
+__all__ = ["TLB_COUNTERS", "VCpuStats", "VmStats"]
 
+#: Not KVM's: what a processor with a ``Tlb`` did.
+TLB_COUNTERS = (
+    "tlb_hit",
+    "tlb_miss",
+    "tlb_nested_hit",
+    "tlb_nested_miss",
+    "walk_cache_hit",
+    *(f"{walk}_l{level}" for walk in ("walk_refs", "nested_walk_refs") for level in range(1, 6)),
+)
 _VM_INDEX = {name: i for i, name in enumerate(VM_STATS_ORDER)}
 _VCPU_INDEX = {name: i for i, name in enumerate(VCPU_STATS_ORDER)}
 

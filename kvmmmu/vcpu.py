@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu._arguments import bytes_of, column_u64, index_in, index_u64
-from kvmmmu._core import AccessResult, VcpuCore
+from kvmmmu._core import AccessResult
 from kvmmmu.cpu import GuestCpu
 from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
 from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
@@ -18,6 +18,8 @@ from kvmmmu.outcome import Outcome
 from kvmmmu.records import ACCESS
 from kvmmmu.sptes import SpteFormat
 from kvmmmu.stats import VCpuStats
+from kvmmmu.tlb import Tlb
+from kvmmmu.vcpu_tlb import TranslationCaches
 from kvmmmu.walks import walk_result
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ _PIECE = 64
 _INSNS = ("load", "store", "fetch", "add", "cmpxchg", "movs")
 
 
-class VCpu(VcpuCore):
+class VCpu(TranslationCaches):
     """A vCPU; made by ``VM.create_vcpu``.
 
     A vCPU is one thread's at a time; a second one gets ``VCpuBusyError``.
@@ -51,12 +53,15 @@ class VCpu(VcpuCore):
     cpu : GuestCpu
     stats : VCpuStats
         Counters of this vCPU.
+    tlb : Tlb or None
+        The geometry of its caches of translations; None: it has none.
     """
 
     def __init__(self, core: object, model: object, vm: VM, cpu: GuestCpu) -> None:
         self.vm = vm
         self.cpu = cpu
         self.stats = VCpuStats(self.core, self.id)
+        self.tlb: Tlb | None = None
 
     # -- registers
 

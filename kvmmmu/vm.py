@@ -20,6 +20,7 @@ from kvmmmu.events import Events
 from kvmmmu.memslots import MemSlot, MemSlots, slot_number
 from kvmmmu.mmio import Mmio
 from kvmmmu.stats import VmStats
+from kvmmmu.tlb import Tlb
 from kvmmmu.trees import PageTables
 from kvmmmu.vcpu import VCpu
 
@@ -127,13 +128,15 @@ class VM:
         """The VM was closed."""
         return self._core.is_closed
 
-    def create_vcpu(self, cpu: GuestCpu | None = None) -> VCpu:
+    def create_vcpu(self, cpu: GuestCpu | None = None, *, tlb: Tlb | None = None) -> VCpu:
         """Add a vCPU with paging off; at most 64.
 
         Parameters
         ----------
         cpu : GuestCpu, optional
             What its CPUID says.
+        tlb : Tlb, optional
+            The processor's caches of translations; by default it caches nothing and reads the tables at each access.
 
         Raises
         ------
@@ -145,7 +148,11 @@ class VM:
         guest = GuestCpu() if cpu is None else cpu
         if not isinstance(guest, GuestCpu):
             raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
+        if tlb is not None and not isinstance(tlb, Tlb):
+            raise TypeError(f"tlb must be a Tlb or None, not {type(tlb).__name__}")
         vcpu = VCpu(self._core, guest.model(), self, guest)
+        if tlb is not None:
+            vcpu.use_tlb(tlb)
         self._vcpus.append(ref(vcpu))
         return vcpu
 

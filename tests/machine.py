@@ -69,13 +69,14 @@ class Machine:
         page_size: str | None = None,
         ram: int = RAM,
         start: bool = True,
+        tlb: km.Tlb | None = None,
         **how: Any,
     ) -> None:
         self.mode = mode
         self.vm = km.VM(mmu=mmu, **how)  # type: ignore[arg-type]
         self.ram = np.zeros(ram, np.uint8)
         self.slot = self.vm.memslots.create(gpa=0, memory=self.ram, page_size=page_size)  # type: ignore[arg-type]
-        self.vcpu = self.vm.create_vcpu(cpu)
+        self.vcpu = self.vm.create_vcpu(cpu, tlb=tlb)
         self.free = TABLES
         self.cr3 = 0
         if mode.levels:

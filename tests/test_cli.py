@@ -100,11 +100,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """Replaces the replay by ready-made reports; lists what was asked for."""
     calls: list[tuple[str, str | None]] = []
 
-    def stand_in(trace: Trace, *, mmu: str, mmio_scheme: str | None, progress: Any) -> ReplayReport:
+    def stand_in(trace: Trace, *, mmu: str, mmio_scheme: str | None, tlb: Any, progress: Any) -> ReplayReport:
         progress(1, trace.n_records)
         calls.append((mmu, mmio_scheme))
-        wrong = {"disagreements": 1, "first": "record 9: as told"} if mmio_scheme == "off" else {}
-        return made_report(mmu, **wrong)
+        how = {"disagreements": 1, "first": "record 9: as told"} if mmio_scheme == "off" else {}
+        if tlb is not None:
+            how["tlb"] = {"tlb_hit": 7_654_321, "walk_refs_l1": 66}
+        return made_report(mmu, **how)
 
     monkeypatch.setattr(kvmmmu.conform.replay, "replay", stand_in)
     return calls
@@ -121,6 +123,16 @@ def test_replay_without_a_trace_takes_the_bundled_one_in_all_modes(asked: list[t
 def test_replay_in_one_mode_with_one_scheme(asked: list[tuple[str, str | None]]) -> None:
     run("replay", "--mmu", "ept", "--mmio-scheme", "zap_all")
     assert asked == [("ept", "zap_all")]
+
+
+def test_replay_with_a_tlb_shows_hits_and_references_and_without_one_says_nothing_of_it(
+    asked: list[tuple[str, str | None]],
+) -> None:
+    result = run("replay", "--tlb")
+    assert result.exit_code == 0
+    assert "tlb_hit" in result.output and "7,654,321" in result.output and "walk_refs_l1" in result.output
+    assert json.loads(run("replay", "--tlb", "--json").output)["modes"][0]["tlb"]["walk_refs_l1"] == 66
+    assert "tlb_hit" not in run("replay").output and "tlb" not in json.loads(run("replay", "--json").output)["modes"][0]
 
 
 def test_a_disagreement_in_a_replay_is_exit_status_1_and_is_told(asked: list[tuple[str, str | None]]) -> None:

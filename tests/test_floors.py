@@ -17,9 +17,10 @@ DIRECTIVES = (
 # Inside engine/ a file cimports only those before it.  The one list; add a new room where the truth asks for it.
 ENGINE_ORDER = (
     "answers hooks state atomics claim memory codec events drain memmap reserve memslots slotsets hostmem locks walk "
+    "tlbcache pscache tlbflush "
     "quick translate single accept pdecache ring batch cases snapshot hostpages pfns pages rmap tlb lookup guest sptes "
-    "track zap leaf prefetch sync shadow roles tdp trees mmiocache roots fault notifier dirty region birth write "
-    "registers emulate vcpu moves insn replay embed"
+    "track tlbwalk tlblist zap leaf prefetch sync shadow roles tdp trees mmiocache roots fault notifier dirty region "
+    "birth write registers emulate vcpu moves insn replay embed"
 ).split()
 
 # From the ground up; a floor imports only from itself and the floors below.
@@ -33,7 +34,7 @@ FLOORS: list[tuple[str, set[str]]] = [
             *("_arguments", "behaviour", "constants", "cpu", "events", "memslots", "mmio", "paging", "records"),
             # What face objects hand out or print themselves with.
             # ``check`` and ``trees`` look at a copy of the state: they may stand below the VM that offers them.
-            *("check", "execution", "explain", "sptes", "stats", "trees", "vcpu", "vm", "walks"),
+            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vcpu_tlb", "vm", "walks"),
         },
     ),
     ("eyes and readers", {"dumps", "golden", "traces"}),

@@ -78,6 +78,7 @@ GOALS: tuple[Goal, ...] = (
     Goal("fault install under EPT, in reference walks", "bench_install[ept]", "walk", most=4),
     Goal("fault install under NPT, in reference walks", "bench_install[npt]", "walk", most=4),
     Goal("fault install under shadow paging, in reference walks", "bench_install[shadow]", "walk", most=6),
+    Goal("slot lookup, against a binary search of structs", "bench_slot[*]", "binary", most=0.45),
     Goal("replay with the TLB, million records a second", "bench_replay_tlb[*]", RATE, least=15),
     Goal("replay without, million records a second", "bench_replay[*]", RATE, least=4),
     Goal("mmio spte encode, arrays, against C", "bench_encode[*]", "c", most=1.1),

@@ -9,6 +9,7 @@ from typing import Final
 from kvmmmu._core import VmCore
 from kvmmmu.check import leaves, links, lists, tdp, unsync
 from kvmmmu.check.snapshot import Snapshot
+from kvmmmu.check.tlb import tlb_entries
 from kvmmmu.errors import InvariantError, Violation
 
 __all__ = ["INVARIANTS", "check_snapshot", "check_vm"]
@@ -59,6 +60,9 @@ def check_snapshot(snapshot: Snapshot) -> list[Violation]:
 
 def check_vm(core: VmCore, *, holes: bool = False) -> None:
     """Check every invariant; raises InvariantError with all violations, KVM's own holes only on request."""
-    found = [v for v in check_snapshot(Snapshot(core.snapshot())) if holes or not v.hole]
+    snapshot = Snapshot(core.snapshot())
+    found = [v for v in check_snapshot(snapshot) if holes or not v.hole]
+    for vcpu in range(len(snapshot.vcpus)):
+        found += tlb_entries(vcpu, core.tlb_list(vcpu))
     if found:
         raise InvariantError(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from kvmmmu.conform.report import FileReport
 from kvmmmu.constants import TABLE
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError, FormatError
+from kvmmmu.stats import TLB_COUNTERS
+from kvmmmu.tlb import Tlb
 from kvmmmu.traces import Chunk, Kind, MemoryArea, Trace, open_trace
 from kvmmmu.traces.reader import CHUNK
 from kvmmmu.vcpu import VCpu
@@ -53,6 +55,8 @@ class ReplayReport:
         MMIO accesses by how they were served.
     faults, counters : dict
         KVM's counters, those of page faults apart.
+    tlb : dict
+        Hits, misses and table entries read, by level; empty without a TLB.
     seconds : float
         Wall time inside the model; reading and unpacking the file is not in it.
     """
@@ -69,6 +73,7 @@ class ReplayReport:
     faults: dict[str, int]
     counters: dict[str, int]
     seconds: float
+    tlb: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -82,7 +87,8 @@ class ReplayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
-        return {**asdict(self), "ok": self.ok, "events_per_second": round(self.events_per_second)}
+        fields = {name: value for name, value in asdict(self).items() if name != "tlb" or value}
+        return {**fields, "ok": self.ok, "events_per_second": round(self.events_per_second)}
 
 
 class Memory:
@@ -174,10 +180,10 @@ class _PaeRoots:
         yield chunk.part(first, len(chunk)), root
 
 
-def _machine(mmu: Mmu, mmio_scheme: MmioScheme | None, behaviour: str) -> tuple[VM, VCpu]:
+def _machine(mmu: Mmu, mmio_scheme: MmioScheme | None, behaviour: str, tlb: Tlb | None) -> tuple[VM, VCpu]:
     """A VM with one vCPU that looks like the recorded one (40 address bits)."""
     vm = VM(mmu, host=HostCpu(maxphyaddr=46), behaviour=behaviour, mmio_scheme=mmio_scheme)
-    return vm, vm.create_vcpu(GuestCpu(maxphyaddr=40))
+    return vm, vm.create_vcpu(GuestCpu(maxphyaddr=40), tlb=tlb)
 
 
 def replay(
@@ -187,6 +193,7 @@ def replay(
     mmio_scheme: MmioScheme | None = None,
     behaviour: str = "6.1",
     check_every: int = 0,
+    tlb: Tlb | None = None,
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Send a recorded run through the model in one mode.
@@ -201,6 +208,8 @@ def replay(
         The behaviour profile.
     check_every : int
         Ask ``vm.check`` for every invariant after each so many records, and after the last; 0 never asks.
+    tlb : Tlb, optional
+        The processor caches translations; without one it reads the tables at each access.
     progress : callable, optional
         Called with (records done, records in all or None) after each chunk.
 
@@ -214,7 +223,7 @@ def replay(
     if check_every < 0:
         raise ArgumentError(f"check_every: {check_every} is below 0")
     memory = Memory(trace)
-    vm, vcpu = _machine(mmu, mmio_scheme, behaviour)
+    vm, vcpu = _machine(mmu, mmio_scheme, behaviour, tlb)
     for area, start in memory.areas:
         part = memory.bytes[start : start + area.nbytes]
         vm.memslots.create(
@@ -259,8 +268,13 @@ def replay(
         tables_different=different,
         mmio={name: int(stats[key]) for name, key in _MMIO_SERVED.items()},
         faults={name: int(value) for name, value in stats.items() if name.startswith("pf_")},
-        counters={name: int(value) for name, value in stats.items() if not name.startswith("pf_")},
+        counters={
+            name: int(value)
+            for name, value in stats.items()
+            if not name.startswith("pf_") and name not in TLB_COUNTERS
+        },
         seconds=seconds,
+        tlb={} if tlb is None else {name: int(stats[name]) for name in TLB_COUNTERS},
     )
 
 

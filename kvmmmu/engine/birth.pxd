@@ -63,6 +63,7 @@ cdef inline void vm_bury(Vm *vm) noexcept nogil:
     vm_memory_free(vm)
     free(vm.events.ring)
     for i in range(vm.n_vcpus):
+        free(vm.vcpus[i].tlb)
         free(vm.vcpus[i])
     for i in range(vm.n_lines):
         free(vm.lines[i])

@@ -21,6 +21,7 @@ from kvmmmu.engine.state cimport (
     SUBERROR_EMULATION, Slot, VSTAT_INSN_EMULATION,
     VSTAT_INSN_EMULATION_FAIL, VSTAT_MMIO_EXITS, VSTAT_PF_GUEST, Vcpu,
 )
+from kvmmmu.engine.tlbflush cimport tlb_flush_gva
 from kvmmmu.engine.write cimport track_write
 
 cdef enum:
@@ -48,6 +49,7 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
     out.outcome = OUTCOME_PF
     out.error_code = code
     if code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT:
+        tlb_flush_gva(vcpu, gva)
         invlpg_root(vcpu, vcpu.root.page, gva)
     vcpu.stats[<int>VSTAT_PF_GUEST] += 1
     # A page fault while one is delivered is a double fault, and beyond that the guest is shut down.

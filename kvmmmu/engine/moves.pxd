@@ -15,6 +15,7 @@ from kvmmmu.engine.locks cimport guest_leave
 from kvmmmu.engine.registers cimport REG_GP, REG_OK, cr3_legal, load_cr3, mov_cr0, mov_cr4
 from kvmmmu.engine.roles cimport guest_formats, is_pae_paging
 from kvmmmu.engine.state cimport Access, MMU_EPT, Vcpu
+from kvmmmu.engine.tlbflush cimport INVPCID_ALL, tlb_invpcid, tlb_mov_cr3
 from kvmmmu.engine.vcpu cimport access_begin, enter_ends, exit_ends, handle_exit
 from kvmmmu.engine.walk cimport load_pdptrs_nested
 
@@ -60,6 +61,7 @@ cdef inline int vcpu_move_to_cr(Vcpu *vcpu, int n, uint64_t value) noexcept nogi
             if result == REG_OK:
                 vcpu.regs.cr3 = value
                 guest_formats(vcpu)
+                tlb_mov_cr3(vcpu, False)
             return result
         if n == 0 and pae and not (value ^ vcpu.regs.cr0) & ~CR0_WP:
             result = pdptrs_by_processor(vcpu, vcpu.regs.cr3)
@@ -69,6 +71,8 @@ cdef inline int vcpu_move_to_cr(Vcpu *vcpu, int n, uint64_t value) noexcept nogi
                 result = pdptrs_by_processor(vcpu, vcpu.regs.cr3)
                 if result != REG_OK:
                     return result
+            if (value ^ vcpu.regs.cr4) & CR4_PGE:
+                tlb_invpcid(vcpu, INVPCID_ALL, 0, 0)
             vcpu.regs.cr4 = value
             guest_formats(vcpu)
             return REG_OK

@@ -4,17 +4,22 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport CpuRegs, FAULT_NONE, FAULT_PDPTE, paging_pdptr_bad
+from kvmmmu.bits.paging cimport CpuRegs, FAULT_NONE, FAULT_PDPTE, paging_pdptr_bad, va_canonical
 from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.atomics cimport ld_u64
 from kvmmmu.engine.guest cimport guest_host
 from kvmmmu.engine.locks cimport request
 from kvmmmu.engine.roles cimport guest_formats, is_pae_paging, is_paging, roles_refresh, tdp_enabled
 from kvmmmu.engine.roots cimport (
-    ROOTS_ALL, ROOT_CURRENT, context_reset, root_switch, roots_free,
+    ROOTS_ALL, ROOT_CURRENT, context_reset, invlpg_root, root_switch, roots_free,
 )
 from kvmmmu.engine.state cimport (
-    MMU_NPT, MMU_SHADOW, PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, Vcpu, Vm,
+    MMU_NPT, MMU_SHADOW, PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, VSTAT_INVLPG, Vcpu,
+    Vm,
+)
+from kvmmmu.engine.tlbcache cimport tlb_retag
+from kvmmmu.engine.tlbflush cimport (
+    INVPCID_ADDRESS, INVPCID_ALL_BUT_GLOBAL, INVPCID_CONTEXT, tlb_flush_gva, tlb_invpcid, tlb_mov_cr3,
 )
 
 cdef enum:
@@ -60,6 +65,39 @@ cdef inline void pcid_flush(Vcpu *vcpu, uint64_t pcid) noexcept nogil:
     roots_free(vcpu, which)
 
 
+cdef inline void invpcid_gva(Vcpu *vcpu, uint64_t pcid, uint64_t gva) noexcept nogil:
+    """KVM's INVPCID of one address: the roots of that PCID only."""
+    cdef int i
+    vcpu.stats[<int>VSTAT_INVLPG] += 1
+    tlb_flush_gva(vcpu, gva)
+    if active_pcid(vcpu) == pcid:
+        invlpg_root(vcpu, vcpu.root.page, gva)
+    for i in range(PREV_ROOTS):
+        if vcpu.prev_roots[i].page and (vcpu.prev_roots[i].pgd & CR3_PCID_MASK
+                                        if vcpu.regs.cr4 & CR4_PCIDE else 0) == pcid:
+            invlpg_root(vcpu, vcpu.prev_roots[i].page, gva)
+
+
+cdef inline int vcpu_invpcid(Vcpu *vcpu, int kind, uint64_t pcid, uint64_t gva) noexcept nogil:
+    """INVPCID: the processor's own under TDP, carried out by KVM under shadow paging (SDM vol. 2A)."""
+    if kind > INVPCID_ALL_BUT_GLOBAL or pcid & ~CR3_PCID_MASK:
+        return REG_GP
+    if kind <= INVPCID_CONTEXT and pcid and not vcpu.regs.cr4 & CR4_PCIDE:
+        return REG_GP
+    if kind == INVPCID_ADDRESS and not va_canonical(gva, vcpu.guest.va_shift):
+        return REG_GP
+    if tdp_enabled(vcpu.vm):
+        tlb_invpcid(vcpu, kind, pcid, gva)
+    elif kind == INVPCID_ADDRESS:
+        invpcid_gva(vcpu, pcid, gva & vcpu.guest.va_mask)
+    elif kind == INVPCID_CONTEXT:
+        pcid_flush(vcpu, pcid)
+    else:
+        # KVM's tables have no global pages: to leave those out would save nothing.
+        request(vcpu, REQ_TLB_FLUSH_GUEST)
+    return REG_OK
+
+
 cdef inline bint cr3_legal(const Vcpu *vcpu, uint64_t cr3) noexcept nogil:
     """Address bits beyond MAXPHYADDR are reserved in long mode."""
     if not vcpu.regs.efer & EFER_LMA or vcpu.model.maxphyaddr >= 64:
@@ -87,7 +125,9 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
                 root_switch(vcpu, value)
         guest_formats(vcpu)
     # Under TDP the processor loads CR3 by itself; KVM has nothing to synchronise.
-    if not keep and not tdp_enabled(vcpu.vm):
+    if tdp_enabled(vcpu.vm):
+        tlb_mov_cr3(vcpu, keep)
+    elif not keep:
         pcid_flush(vcpu, pcid)
     return REG_OK
 
@@ -150,6 +190,7 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
         if pdptrs_load(vcpu, vcpu.regs.cr3) != REG_OK:
             return REG_GP
     vcpu.regs.cr4 = value
+    tlb_retag(vcpu)
     if changed & role_bits:
         context_reset(vcpu)
     elif changed & CR4_PCIDE and value & CR4_PCIDE and not tdp_enabled(vcpu.vm):

@@ -11,7 +11,8 @@ from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport (
     Access, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SPTE_HIT, Vcpu,
 )
-from kvmmmu.engine.vcpu cimport vcpu_access
+from kvmmmu.engine.tlbflush cimport tlb_flush_guest
+from kvmmmu.engine.vcpu cimport access_hit, vcpu_access
 
 # The kinds of the trace format, by number.
 cdef enum:
@@ -84,7 +85,13 @@ cdef inline void replay_access(Vcpu *vcpu, ReplayTotals *t, uint64_t i, uint64_t
     """An access that succeeded in the recording: the same gpa, and MMIO exactly where it was MMIO."""
     cdef Access a
     cdef uint64_t cache = vcpu.stats[<int>VSTAT_MMIO_CACHE_HIT], spte = vcpu.stats[<int>VSTAT_MMIO_SPTE_HIT]
+    cdef uint64_t seen = 0
     cdef int expected = OUTCOME_MMIO if mmio else OUTCOME_OK
+    if (vcpu.tlb != NULL and not mmio
+            and access_hit(vcpu, gva, access | (PFERR_USER if vcpu.cpl == 3 else 0), size, data, &seen)
+            and seen == gpa):
+        # Nothing of the access's record is asked for.
+        return
     vcpu_access(vcpu, gva, access, size, data, &a)
     t.exits += a.exits
     if a.outcome != expected:
@@ -176,6 +183,7 @@ cdef inline void replay_event(Vcpu *vcpu, ReplayTotals *t, const TraceColumns *e
             vcpu_invlpg(vcpu, a)
         else:
             roots_sync(vcpu)
+            tlb_flush_guest(vcpu)
     elif kind == TRACE_MOVCR:
         ok = replay_movcr(vcpu, <int>b, a)
     else:

@@ -9,6 +9,7 @@ from kvmmmu.bits.paging cimport (
 )
 from kvmmmu.engine.pages cimport page_at, page_sptes, role_level
 from kvmmmu.engine.state cimport MMU_EPT, MMU_NPT, MMU_SHADOW, Vcpu, Vm
+from kvmmmu.engine.tlbcache cimport tlb_retag
 
 
 cdef inline bint is_paging(const Vcpu *vcpu) noexcept nogil:
@@ -86,6 +87,7 @@ cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
         # SVM reads PDPTEs from memory at each walk; VMX has them in registers.
         vcpu.guest_hw.pdpte_in_memory = vcpu.vm.mmu == MMU_NPT
         vcpu.guest_hw.ad_first = vcpu.vm.host.ad_first
+    tlb_retag(vcpu)
 
 
 cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
@@ -136,6 +138,7 @@ cdef inline void hw_root(Vcpu *vcpu) noexcept nogil:
     if page_at(vcpu.vm, vcpu.root.page).special:
         for i in range(4):
             vcpu.hw.pdptr[i] = page_sptes(vcpu.vm, vcpu.root.page)[i]
+    tlb_retag(vcpu)
 
 
 cdef inline void roles_refresh(Vcpu *vcpu) noexcept nogil:

@@ -24,6 +24,7 @@ from kvmmmu.engine.state cimport (
 )
 from kvmmmu.engine.sync cimport sync_children, sync_gva
 from kvmmmu.engine.tdp cimport tdp_root_get, tdp_root_put, tdp_zap_everything
+from kvmmmu.engine.tlbflush cimport tlb_flush_all, tlb_flush_guest, tlb_flush_gva, tlb_invlpg
 from kvmmmu.engine.zap cimport list_init, make_pages_available, zap_commit, zap_everything, zap_prepare
 
 cdef enum:
@@ -204,6 +205,8 @@ cdef inline int root_load(Vcpu *vcpu) noexcept nogil:
     vcpu.root.pgd = 0 if direct else vcpu.regs.cr3
     roots_sync(vcpu)
     hw_root(vcpu)
+    # ``flush_tlb_current``: why giving up a root owes no flush.
+    tlb_flush_all(vcpu)
     return 0
 
 # ---- synchronising --------------------------------------------------------------
@@ -257,11 +260,13 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
     """INVLPG as KVM intercepts it: current root, then each previous one.  Under TDP it does not exit."""
     cdef int i
     if tdp_enabled(vcpu.vm):
+        tlb_invlpg(vcpu, gva)
         return
     gva &= vcpu.guest.va_mask
     vcpu.stats[<int>VSTAT_INVLPG] += 1
     if not va_canonical(gva, vcpu.guest.va_shift):
         return
+    tlb_flush_gva(vcpu, gva)
     if vcpu.root_role & ROLE_DIRECT:
         # Without paging nothing depends on the guest's tables, the record of the last MMIO page included.
         return
@@ -362,14 +367,17 @@ cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:
         hw_root(vcpu)
     if request_take(vcpu, REQ_TLB_FLUSH):
         vcpu.stats[<int>VSTAT_TLB_FLUSH] += 1
+        tlb_flush_all(vcpu)
         request_take(vcpu, REQ_TLB_FLUSH_CURRENT)
     if request_take(vcpu, REQ_TLB_FLUSH_CURRENT):
         vcpu.stats[<int>VSTAT_TLB_FLUSH] += 1
+        tlb_flush_all(vcpu)
     if request_take(vcpu, REQ_TLB_FLUSH_GUEST):
         vcpu.stats[<int>VSTAT_TLB_FLUSH] += 1
         if not tdp_enabled(vcpu.vm):
             roots_sync(vcpu)
             prev_roots_free_unsync(vcpu)
+        tlb_flush_guest(vcpu)
     if request_take(vcpu, REQ_TRIPLE_FAULT):
         return ENTER_SHUTDOWN
     return ENTER_OK

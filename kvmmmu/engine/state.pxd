@@ -300,6 +300,16 @@ cdef enum:
     VSTAT_MMIO_SLOW
     VSTAT_SLOT_SEARCH
     VSTAT_GUEST_WALK
+    # Not KVM's either: the processor's caches of translations, counted while the vCPU has some.
+    VSTAT_TLB_HIT
+    VSTAT_TLB_MISS
+    VSTAT_TLB_NESTED_HIT    # of guest-physical mappings, by walks in two dimensions
+    VSTAT_TLB_NESTED_MISS
+    VSTAT_WALK_CACHE_HIT    # walks that began below the top table
+    VSTAT_WALK_REF_L1       # entries read by the level they stand at; the next four follow
+    VSTAT_WALK_REF_L5 = VSTAT_WALK_REF_L1 + 4
+    VSTAT_NESTED_REF_L1     # the same in the second dimension
+    VSTAT_NESTED_REF_L5 = VSTAT_NESTED_REF_L1 + 4
     VCPU_STATS
 
 # ---- vCPUs ------------------------------------------------------------------
@@ -313,6 +323,73 @@ cdef enum:
     REQ_TLB_FLUSH_GUEST = 32
     REQ_TRIPLE_FAULT = 64
     REQ_KICK = 128        # leave the guest, nothing else: somebody waits for that
+
+cdef enum:
+    TLB_SIZES = 3         # 4 KiB, 2 MiB, 1 GiB
+    TLB_PCIDS = 4096
+    PSC_LEVELS = 6        # by level; an entry of level 1 is never a table's
+    # Kinds of access that an entry may refuse.
+    TLB_READ = 1
+    TLB_WRITE = 2
+    TLB_FETCH = 4
+
+cdef struct TlbEntry:
+    uint64_t key          # page number << 6 | bits of the offset in the page
+    uint64_t context      # whose it is (tlbcache.pxd); 0: nobody's
+    uint64_t hpa          # of the page's first byte
+    uint64_t gpa          # the same, guest-physical
+    uint64_t used         # when last, by the TLB's own clock
+    int32_t root          # KVM's page that the walk began at
+    uint8_t acc           # ACC rights of the tables that map the address
+    uint8_t pkey
+    uint8_t refuse        # TLB_*: kinds that must be walked whatever ``acc`` says (D is clear, the second dimension)
+    uint8_t linear_shift  # of the mapping that this entry may be a part of
+
+cdef struct TlbArray:
+    TlbEntry *entries     # sets * ways
+    uint64_t mask         # sets - 1
+    uint32_t ways         # 0: there is none
+
+cdef struct PscEntry:
+    # A paging-structure cache's entry: what an entry that points to a table said (SDM vol. 3A section 4.10.3).
+    uint64_t key          # address above the bits that the table translates
+    uint64_t context
+    uint64_t hpa          # of the table
+    uint64_t gpa          # the same, guest-physical
+    uint64_t used
+    int32_t root
+    uint32_t acc          # ACC rights down to and with the entry
+
+cdef struct PscArray:
+    PscEntry *entries
+    uint64_t mask
+    uint32_t ways
+
+cdef struct Tlb:
+    # One vCPU's; touched by its thread alone.
+    uint64_t context      # of what is cached now for the current PCID
+    uint64_t global_context
+    uint64_t psc_context
+    uint64_t host_context  # of guest-physical mappings
+    uint64_t clock
+    uint64_t all_epoch    # each flush moves an epoch, and every entry of the one before is gone
+    uint64_t global_epoch
+    uint64_t host_epoch
+    uint64_t tables_epoch  # of the paging-structure caches of all PCIDs
+    uint64_t moves        # of any epoch: none of them, nor a sum of them, is larger
+    uint64_t *pcid_epoch  # TLB_PCIDS of them
+    uint64_t *psc_epoch   # the same
+    TlbEntry *last[2]     # last hit: data, fetch
+    TlbEntry nothing      # what these point to before the first hit
+    TlbArray first[3]     # by size
+    TlbArray second       # 4 KiB and 2 MiB
+    TlbArray nested       # guest-physical mappings of all sizes
+    PscArray psc[6]       # by level, of tables that translate linear addresses
+    PscArray host_psc[6]  # the same for guest-physical addresses
+    uint8_t sizes         # bit n: a page of size n may be cached
+    uint8_t nested_sizes
+    uint8_t split         # some entry is a part of a larger mapping
+    uint8_t spurious_faults  # a refused access faults at once, unwalked
 
 cdef struct Root:
     uint64_t pgd          # CR3 / PDPT address it was built for
@@ -378,7 +455,8 @@ cdef struct Vcpu:
     int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
-    uint64_t stats[32]    # written by the owner of the vCPU alone
+    uint64_t stats[64]    # written by the owner of the vCPU alone
+    Tlb *tlb              # NULL: the processor caches nothing
     int32_t free_pages[8]  # taken from the arena before mmu_lock
     int n_free_pages
     Walk walk             # the last guest walk (KVM's or the processor's)

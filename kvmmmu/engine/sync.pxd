@@ -4,7 +4,7 @@
 from libc.stdint cimport int16_t, int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gfn
-from kvmmmu.bits.paging cimport Paging
+from kvmmmu.bits.paging cimport FMT_32, Paging
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_pfn, spte_present
 from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host_atomic
 from kvmmmu.engine.leaf cimport leaf_make, leaf_mark_mmio
@@ -75,16 +75,19 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
     cdef uint64_t base = <uint64_t>id << 9
     cdef uint32_t ignored = (ROLE_LEVEL_MASK | ROLE_ACCESS_MASK | ROLE_QUADRANT_MASK | ROLE_PASSTHROUGH)
     cdef int i, flush = 0
-    cdef uint8_t *host
+    cdef int size = 2 if vcpu.guest.format == FMT_32 else 3
+    cdef uint8_t *host = NULL
     if (sp.role ^ vcpu.root_role) & ~ignored:
         return -1
     for i in range(ENTRIES):
         if spte_read(spte_at(vm, base + <uint64_t>i)) == 0:
             continue
-        host = guest_host_atomic(vcpu, page_gpte_gpa(sp, i, vcpu.guest.format))
         if host == NULL:
-            return -1
-        flush |= sync_spte(vcpu, sp, base + <uint64_t>i, gpte_load(vcpu.guest.format, host))
+            # The guest's entries stand in one page: its slot is looked for once.
+            host = guest_host_atomic(vcpu, page_gpte_gpa(sp, 0, vcpu.guest.format))
+            if host == NULL:
+                return -1
+        flush |= sync_spte(vcpu, sp, base + <uint64_t>i, gpte_load(vcpu.guest.format, host + (i << size)))
     return flush
 
 cdef inline int sync_or_zap(Vcpu *vcpu, int32_t id, PageList *invalid) noexcept nogil:

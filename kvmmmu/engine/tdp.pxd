@@ -326,24 +326,42 @@ cdef inline void tdp_zap_everything(Vm *vm) noexcept nogil:
 
 # ---- ranges of gfns -----------------------------------------------------------------
 
+cdef inline int entry_first(uint64_t gfn, int level, uint64_t first) noexcept nogil:
+    """The first entry of a table at ``gfn`` that maps a gfn from ``first`` on; beyond the last one if none does."""
+    cdef uint64_t i
+    if first <= gfn:
+        return 0
+    i = (first - gfn) >> (9 * (level - 1))
+    return <int>i if i < ENTRIES else <int>ENTRIES
+
+cdef inline int entry_last(uint64_t gfn, int level, uint64_t end) noexcept nogil:
+    """The last entry that maps a gfn below ``end``; -1 if none does."""
+    cdef uint64_t i
+    if end <= gfn:
+        return -1
+    i = (end - 1 - gfn) >> (9 * (level - 1))
+    return <int>i if i < ENTRIES else <int>ENTRIES - 1
+
+
 cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t end, int32_t *doomed) noexcept nogil:
     """Empty the leaves of [first, end) below one table; tables stay.  Under mmu_lock for write."""
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)
     cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
     cdef bint any = False
-    cdef int i
-    for i in range(ENTRIES):
-        if gfn + pages > first and gfn < end:
-            old = spte_read(spte_at(vm, base + <uint64_t>i))
-            if spte_present(old):
-                if spte_is_last(old, level):
-                    old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
-                    tdp_changed(vm, base + <uint64_t>i, old, 0, False, doomed)
-                    any = True
-                else:
-                    any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)
+    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
+    gfn += <uint64_t>i * pages
+    while i <= last:
+        old = spte_read(spte_at(vm, base + <uint64_t>i))
+        if spte_present(old):
+            if spte_is_last(old, level):
+                old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
+                tdp_changed(vm, base + <uint64_t>i, old, 0, False, doomed)
+                any = True
+            else:
+                any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)
         gfn += pages
+        i += 1
     return any
 
 cdef inline bint tdp_zap_gfns(Vm *vm, int as_id, uint64_t first, uint64_t end) noexcept nogil:
@@ -367,20 +385,21 @@ cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_
     cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
     cdef int32_t doomed = 0
     cdef bint any = False
-    cdef int i
-    for i in range(ENTRIES):
-        if gfn + pages > first and gfn < end:
-            old = spte_read(spte_at(vm, base + <uint64_t>i))
-            if spte_present(old):
-                if not spte_is_last(old, level):
-                    any |= tdp_wrprot_range(vm, <int32_t>spte_pfn(old), first, end, mask, min_level)
-                elif spte_writable(old) and level >= min_level:
-                    if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
-                        # The lockless repair and the processor's A and D bits may get in between.
-                        while not tdp_set(vm, base + <uint64_t>i, old, old & ~PT_WRITABLE_MASK, &doomed):
-                            old = spte_read(spte_at(vm, base + <uint64_t>i))
-                        any = True
+    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
+    gfn += <uint64_t>i * pages
+    while i <= last:
+        old = spte_read(spte_at(vm, base + <uint64_t>i))
+        if spte_present(old):
+            if not spte_is_last(old, level):
+                any |= tdp_wrprot_range(vm, <int32_t>spte_pfn(old), first, end, mask, min_level)
+            elif spte_writable(old) and level >= min_level:
+                if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
+                    # The lockless repair and the processor's A and D bits may get in between.
+                    while not tdp_set(vm, base + <uint64_t>i, old, old & ~PT_WRITABLE_MASK, &doomed):
+                        old = spte_read(spte_at(vm, base + <uint64_t>i))
+                    any = True
         gfn += pages
+        i += 1
     return any
 
 cdef inline uint64_t split_leaf(const Vm *vm, uint64_t huge, int level, int i) noexcept nogil:
@@ -400,32 +419,33 @@ cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t
     cdef int level = role_level(page_at(vm, table).role)
     cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
     cdef int32_t child, doomed = 0
-    cdef int i, j
+    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end), j
     if level == LEVEL_4K:
         return
-    for i in range(ENTRIES):
-        if gfn + pages > first and gfn < end:
-            old = spte_read(spte_at(vm, base + <uint64_t>i))
-            child = 0
-            if spte_present(old) and spte_is_last(old, level):
-                child = tdp_page_new(vm, page_alloc(vm), -1, gfn, role_with_level(page_at(vm, table).role, level - 1))
-                if child == 0:
-                    return
-                while True:
-                    for j in range(ENTRIES):
-                        spte_write(page_sptes(vm, child) + j, split_leaf(vm, old, level, j))
-                    if tdp_set(vm, base + <uint64_t>i, old,
-                               spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled), &doomed):
-                        break
-                    # The lockless repair, or the processor's A and D bits, came in between.
-                    old = spte_read(spte_at(vm, base + <uint64_t>i))
-                page_stats(vm, level - 1, ENTRIES)
-                ev_split_huge_page(vm, -1, gfn, old, level, 0)
-            elif spte_present(old):
-                child = <int32_t>spte_pfn(old)
-            if child:
-                tdp_split_range(vm, child, first, end)
+    gfn += <uint64_t>i * pages
+    while i <= last:
+        old = spte_read(spte_at(vm, base + <uint64_t>i))
+        child = 0
+        if spte_present(old) and spte_is_last(old, level):
+            child = tdp_page_new(vm, page_alloc(vm), -1, gfn, role_with_level(page_at(vm, table).role, level - 1))
+            if child == 0:
+                return
+            while True:
+                for j in range(ENTRIES):
+                    spte_write(page_sptes(vm, child) + j, split_leaf(vm, old, level, j))
+                if tdp_set(vm, base + <uint64_t>i, old,
+                           spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled), &doomed):
+                    break
+                # The lockless repair, or the processor's A and D bits, came in between.
+                old = spte_read(spte_at(vm, base + <uint64_t>i))
+            page_stats(vm, level - 1, ENTRIES)
+            ev_split_huge_page(vm, -1, gfn, old, level, 0)
+        elif spte_present(old):
+            child = <int32_t>spte_pfn(old)
+        if child:
+            tdp_split_range(vm, child, first, end)
         gfn += pages
+        i += 1
 
 cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uint64_t first,
                                     uint64_t end) noexcept nogil:
@@ -434,17 +454,18 @@ cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uin
     cdef int level = role_level(page_at(vm, table).role)
     cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
     cdef int32_t doomed = 0
-    cdef int i
+    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
     if level == LEVEL_4K:
         return
-    for i in range(ENTRIES):
-        if gfn + pages > first and gfn < end:
-            old = spte_read(spte_at(vm, base + <uint64_t>i))
-            if spte_present(old) and not spte_is_last(old, level):
-                if (level <= LEVEL_1G and gfn >= first and gfn < end
-                        and max_mapping_level(vm, slot, gfn, LEVEL_1G) >= level):
-                    tdp_zap_entry(vm, base + <uint64_t>i, old, &doomed)
-                else:
-                    tdp_collapse_range(vm, <int32_t>spte_pfn(old), slot, first, end)
+    gfn += <uint64_t>i * pages
+    while i <= last:
+        old = spte_read(spte_at(vm, base + <uint64_t>i))
+        if spte_present(old) and not spte_is_last(old, level):
+            if (level <= LEVEL_1G and gfn >= first and gfn < end
+                    and max_mapping_level(vm, slot, gfn, LEVEL_1G) >= level):
+                tdp_zap_entry(vm, base + <uint64_t>i, old, &doomed)
+            else:
+                tdp_collapse_range(vm, <int32_t>spte_pfn(old), slot, first, end)
         gfn += pages
+        i += 1
     tdp_free(vm, doomed)

@@ -5,9 +5,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
-    FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_NONE,
+    FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, Paging,
 )
-from kvmmmu.engine.atomics cimport cpu_pause, guest_load, guest_store, ld_acquire_u32
+from kvmmmu.engine.atomics cimport cpu_pause, guest_load, guest_store, in_guest, ld_acquire_u32
 from kvmmmu.engine.claim cimport vcpu_busy
 from kvmmmu.engine.emulate cimport emulate_access, inject_guest_fault
 from kvmmmu.engine.events cimport ISA_SVM, ISA_VMX, ev_exit, ev_page_fault
@@ -17,13 +17,14 @@ from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.state cimport (
     Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
-    OUTCOME_SHUTDOWN, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, Vcpu, Vm,
+    OUTCOME_SHUTDOWN, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, TlbEntry, Vcpu, Vm,
 )
+from kvmmmu.engine.tlbcache cimport tlb_offset
+from kvmmmu.engine.tlbwalk cimport shadow_gpa, tlb_access, tlb_hit, tlb_tables
 from kvmmmu.engine.walk cimport walk_memory, walk_nested
 from kvmmmu.engine.zap cimport unprotect_gfn
 
@@ -47,18 +48,13 @@ cdef inline uint64_t ept_error_code(uint64_t qualification) noexcept nogil:
     return code
 
 
-cdef inline uint64_t shadow_gpa(Vcpu *vcpu) noexcept nogil:
-    """The guest address behind the shadow leaf just used: its page says which gfn it stands for."""
-    cdef uint64_t index = vcpu.nested.entry_gpas[vcpu.nested.level] >> 3
-    cdef uint64_t offset = vcpu.nested.va & ((ONE << vcpu.nested.page_shift) - 1)
-    return (spte_gfn(vcpu.vm, index) << 12) + offset
-
-
 cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
     """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks."""
     cdef const MemMap *mem = vm_hostmem(vcpu.vm)
     cdef int fault, quick
     cdef Quick q
+    if vcpu.tlb != NULL:
+        return tlb_access(vcpu, gva, access, gpa, hpa)
     if vcpu.vm.mmu == MMU_SHADOW:
         fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
         if fault == FAULT_NONE:
@@ -241,6 +237,28 @@ cdef inline void access_begin(Access *out, int size) noexcept nogil:
     memset(out, 0, sizeof(Access))
     out.size = <uint8_t>size
     out.gpa = ALL_ONES
+
+
+cdef inline bint access_hit(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
+                            uint64_t *gpa) noexcept nogil:
+    """An access inside one page that the TLB serves, done; False: nothing happened, ``vcpu_access`` is to do it.
+
+    PFERR_USER must be in ``access`` already.
+    """
+    cdef const Paging *p = tlb_tables(vcpu)
+    cdef const TlbEntry *e
+    # In the guest a root is loaded; a flush that somebody waits for is a request first.
+    if vcpu.tlb == NULL or not in_guest(vcpu.line) or ld_acquire_u32(&vcpu.requests):
+        return False
+    gva &= p.va_mask & vcpu.guest.va_mask
+    if <int>(gva & 4095) + size > 4096:
+        return False
+    e = tlb_hit(vcpu, p, gva, access)
+    if e == NULL:
+        return False
+    gpa[0] = e.gpa + tlb_offset(e, gva)
+    access_move(vcpu, e.hpa + tlb_offset(e, gva), access, size, data)
+    return True
 
 
 cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
