@@ -11,6 +11,9 @@ from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, 
                                spte_is_mmio, spte_large, spte_masks_ept, spte_masks_legacy, spte_mmu_writable,
                                spte_pfn, spte_present, spte_writable)
 from kvmmmu.bits.mmio cimport mmio_spte_access, mmio_spte_gen, mmio_spte_gfn, mmio_spte_make
+from kvmmmu.bits.split cimport (SPLIT_READ_STEPS, SplitRead, split_being_zapped, split_clear_step, split_read_step,
+                                split_set_step, spte_high, spte_low, spte_whole)
+from kvmmmu.bits.split cimport SplitSpte as SplitEntry
 from kvmmmu.engine.codec cimport (codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split, codec_present_bits,
                                   codec_reserved)
 from kvmmmu.bits.paging cimport CpuModel, DIALECT_SDM, Paging, paging_init_ept, paging_init_npt, rsvd_bits
@@ -122,6 +125,10 @@ cdef class SpteCodec:
     def is_mmio(self, uint64_t spte):
         return bool(spte_is_mmio(&self.masks, spte))
 
+    def being_zapped(self, uint64_t spte):
+        """An entry of a 32-bit host, read in halves, that is empty or on its way there."""
+        return bool(split_being_zapped(&self.masks, spte))
+
     def make_many(self, const uint64_t[::1] gfn, const uint32_t[::1] access, const uint64_t[::1] gen,
                   uint64_t[::1] spte):
         """Index of the first gfn this host cannot store, or the length."""
@@ -191,6 +198,32 @@ cdef class SpteCodec:
             "memory_type": (spte & EPT_MT_MASK) >> EPT_MT_SHIFT if self.ept else None,
             "ignore_pat": (spte & EPT_IPAT) != 0 if self.ept else None,
         }
+
+
+@cython.final
+cdef class SplitSpte:
+    """An spte of a 32-bit host, stored and read in steps of one memory access each.
+
+    ``set`` and ``clear`` make step ``n`` of a store and say whether it was the last; ``read`` makes step 0 to 3
+    of the lockless read: None while it goes on, the value at its end, -1 if it must begin again.
+    """
+    cdef SplitEntry entry
+    cdef SplitRead reading
+
+    def __cinit__(self, uint64_t spte):
+        self.entry.low = spte_low(spte)
+        self.entry.high = spte_high(spte)
+
+    def set(self, uint64_t spte, int step):
+        return bool(split_set_step(&self.entry, spte, step))
+
+    def clear(self, uint64_t spte, int step):
+        return bool(split_clear_step(&self.entry, spte, step))
+
+    def read(self, int step):
+        if not split_read_step(&self.entry, &self.reading, step):
+            return -1
+        return spte_whole(self.reading.low, self.reading.high) if step == SPLIT_READ_STEPS - 1 else None
 # ---- end of sptes and constants
 
 # ---- walks: Paging over plain memory, and batches of cases with known answers
@@ -758,6 +791,7 @@ def record_layouts():
         ("list_prev", "i4", <size_t>&sp.list_prev - <size_t>&sp),
         ("unsync_children", "u2", <size_t>&sp.unsync_children - <size_t>&sp),
         ("unsync", "u1", <size_t>&sp.unsync - <size_t>&sp), ("valid_gen", "u1", <size_t>&sp.valid_gen - <size_t>&sp),
+        ("nx_next", "i4", <size_t>&sp.nx_next - <size_t>&sp), ("nx_prev", "i4", <size_t>&sp.nx_prev - <size_t>&sp),
         ("flooding", "u4", <size_t>&sp.flooding - <size_t>&sp), ("tdp", "u1", <size_t>&sp.tdp - <size_t>&sp),
         ("nx_disallowed", "u1", <size_t>&sp.nx_disallowed - <size_t>&sp),
         ("on_list", "u1", <size_t>&sp.on_list - <size_t>&sp), ("special", "u1", <size_t>&sp.special - <size_t>&sp),
@@ -865,12 +899,13 @@ from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.notifier cimport slot_dontneed, slot_never_touched
 from kvmmmu.engine.zap cimport set_max_pages
-from kvmmmu.engine.region cimport slot_id_free, vm_set_region, vm_slots_free
+from kvmmmu.engine.recovery cimport nx_recover
+from kvmmmu.engine.region cimport nx_huge_pages_set, slot_id_free, vm_finish_delete, vm_set_region, vm_slots_free
 from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
@@ -914,10 +949,10 @@ EVENT_DTYPE = np.dtype([("kind", np.uint32), ("vcpu", np.uint32), ("w", np.uint6
 REGION_REASONS = (
     None, "id", "flags", "size_align", "gpa_align", "hva_align", "as_id", "wrap", "too_many_pages", "no_slot",
     "total_pages", "hva_changed", "size_changed", "readonly_changed", "overlap", "max_gfn", "no_memory",
-    "incongruent", "backing", "no_frames", "closed",
+    "incongruent", "backing", "no_frames", "closed", "held",
 )
 assert len(VM_STATS_ORDER) == VM_STATS and len(VCPU_STATS_ORDER) == VCPU_STATS and len(EVENT_KINDS) == EV_KINDS
-assert len(REGION_REASONS) == WHY_CLOSED + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
+assert len(REGION_REASONS) == WHY_HELD + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
 
 
 cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
@@ -1060,10 +1095,11 @@ cdef class VmCore(VmHandle):
 
     # -- memslots
 
-    def set_region(self, slot, flags, gpa, size, memory, int max_level, pfn_offset):
+    def set_region(self, slot, flags, gpa, size, memory, int max_level, pfn_offset, bint hold=False):
         """One KVM_SET_USER_MEMORY_REGION: (errno, reason, detail, change), errno 0 when done.
 
-        ``memory`` None stands for the memory the slot has; ``size`` None for all of it.
+        ``memory`` None stands for the memory the slot has; ``size`` None for all of it; ``hold`` leaves a
+        deletion open while the slot is INVALID, until ``finish_delete``.
         """
         cdef Region r
         cdef Export export = None
@@ -1074,6 +1110,7 @@ cdef class VmCore(VmHandle):
         r.flags = <uint32_t>as_word(flags, "flags", 32)
         r.gpa = as_word(gpa, "gpa")
         r.max_level = max_level
+        r.hold = hold
         r.pfn_offset = <uint32_t>as_word(pfn_offset, "pfn_offset", 18)
         if memory is None:
             r.keep_memory = 1
@@ -1100,6 +1137,15 @@ cdef class VmCore(VmHandle):
         if r.released:
             self.exports.pop(r.released, None)
         return -err, REGION_REASONS[r.why], r.detail, r.change
+
+    def finish_delete(self):
+        """The second half of a deletion that was held open; False: none is."""
+        cdef Region r
+        self.check_open()
+        if vm_finish_delete(self.vm, &r) != ERR_NONE:
+            return False
+        del self.exports[r.released]
+        return True
 
     cdef object describe(self, const Slot *s):
         return (s.as_id << 16 | s.id, s.base_gfn << 12, s.npages << 12, s.flags,
@@ -1205,6 +1251,17 @@ cdef class VmCore(VmHandle):
             mmu_write_unlock(self.vm)
             slots_unlock(self.vm)
         return True
+
+    def nx_recover(self, ratio):
+        """One period of the recovery worker; the number of tables zapped."""
+        cdef uint64_t share = as_word(ratio, "ratio", 32)
+        self.check_open()
+        return nx_recover(self.vm, share)
+
+    def set_nx_huge_pages(self, bint on):
+        """Switch the mitigation of a running VM."""
+        self.check_open()
+        nx_huge_pages_set(self.vm, on)
 
     def set_manual_protect(self, int bits):
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 the log is cleared by hand, 3 and starts all dirty."""
@@ -1621,6 +1678,20 @@ cdef class VcpuCore(VcpuHandle):
         with nogil:
             vcpu_init(self.vcpu)
         self.release()
+
+    def set_guest_mode(self, bint on, ncr3):
+        """Enter or leave the guest of a hypervisor in the guest; False: not possible here."""
+        cdef uint64_t root = as_word(ncr3, "ncr3")
+        cdef bint done
+        self.claim()
+        done = vcpu_set_guest_mode(self.vcpu, on, root)
+        self.release()
+        return done
+
+    @property
+    def guest_mode(self):
+        """The vCPU runs the guest of a hypervisor in the guest (``enter_guest_mode``)."""
+        return bool(self.vcpu.guest_mode)
 
     def sync_roots(self):
         """Bring every unsync shadow page under the current root in line with the guest's tables.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import Final, Literal, SupportsIndex, get_args
 
+from kvmmmu._arguments import index_in
 from kvmmmu.errors import ArgumentError
 
 __all__ = ["Behaviour", "MmioScheme"]
@@ -14,6 +15,9 @@ MmioScheme = Literal["off", "zap_all", "generation", "unguarded"]
 
 #: The engine's numbers for the schemes (MMIO_*).
 MMIO_SCHEMES: Final = MappingProxyType({"off": 0, "zap_all": 1, "generation": 2, "unguarded": 3})
+
+#: kvm.nx_huge_pages_recovery_ratio as Linux 6.1 sets it.
+RECOVERY_RATIO: Final = 60
 
 _PROFILES: Final = MappingProxyType(
     {
@@ -41,6 +45,8 @@ class Behaviour:
         EPT and NPT tables belong to the TDP MMU rather than to the shadow MMU's direct pages.
     nx_huge_pages : bool, optional
         Huge mappings are not executable (the iTLB multihit mitigation).
+    nx_huge_pages_recovery_ratio : int
+        One in how many of the tables that this costs a period of recovery zaps; 0 none.
 
     Raises
     ------
@@ -52,6 +58,7 @@ class Behaviour:
     mmio_scheme: MmioScheme
     tdp_mmu: bool
     nx_huge_pages: bool
+    nx_huge_pages_recovery_ratio: int
 
     def __init__(
         self,
@@ -60,6 +67,7 @@ class Behaviour:
         mmio_scheme: MmioScheme | None = None,
         tdp_mmu: bool | None = None,
         nx_huge_pages: bool | None = None,
+        nx_huge_pages_recovery_ratio: SupportsIndex = RECOVERY_RATIO,
     ) -> None:
         if profile not in _PROFILES:
             raise ArgumentError(f"behaviour = {profile!r}: allowed are {', '.join(map(repr, _PROFILES))}")
@@ -72,5 +80,7 @@ class Behaviour:
         for name in ("tdp_mmu", "nx_huge_pages"):
             if not isinstance(values[name], bool):
                 raise ArgumentError(f"{name} = {values[name]!r}: allowed are True and False")
+        ratio = index_in("nx_huge_pages_recovery_ratio", nx_huge_pages_recovery_ratio, 0, 2**32 - 1)
+        values["nx_huge_pages_recovery_ratio"] = ratio
         for name, value in values.items():
             object.__setattr__(self, name, value)

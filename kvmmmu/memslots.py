@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EEXIST, EINVAL
 from typing import Any, Final, Literal
@@ -42,6 +43,7 @@ _REASONS: Final = {
     "no_memory": "the host has no memory for the slot's tables",
     "incongruent": "memory overlaps a bound buffer {detail} bytes off its pages: both must agree modulo 4096",
     "backing": "some of this memory is bound with pages of size {detail}: give the same page_size or none",
+    "held": "slot {detail} is being deleted: the slots cannot change until that is over",
     "no_frames": "no {detail} free frames in a row: the host's maxphyaddr bounds them",
 }
 
@@ -211,6 +213,27 @@ class MemSlots(Mapping[int, MemSlot]):
         found = self._core.slot(number)
         self._apply(number, 0, found[1] if found else 0, 0, None)
 
+    @contextmanager
+    def deleting(self, slot: int | MemSlot) -> Iterator[None]:
+        """Delete a slot and stand still half-way, for as long as the block runs.
+
+        Inside it the slot is marked INVALID and nothing maps it any more: a vCPU that touches it faults again and
+        again (``Outcome.HANG``), as in KVM while the ioctl is under way.  At its end the slot is gone.
+
+        Raises
+        ------
+        MemslotError
+            EINVAL when there is no such slot; EBUSY for every other change inside the block.
+        """
+        number = slot_number(slot)
+        found = self._core.slot(number)
+        self._apply(number, 0, found[1] if found else 0, 0, None, hold=True)
+        try:
+            yield
+        finally:
+            if not self._core.is_closed:
+                self._core.finish_delete()
+
     def move(self, slot: int | MemSlot, gpa: int) -> MemSlot:
         """Let a slot stand at another guest physical address; its memory stays.
 
@@ -288,8 +311,10 @@ class MemSlots(Mapping[int, MemSlot]):
         memory: Any,
         backing: int = 0,
         pfn_offset: int = 0,
+        *,
+        hold: bool = False,
     ) -> None:
-        err, reason, detail, _ = self._core.set_region(slot, flags, gpa, size, memory, backing, pfn_offset)
+        err, reason, detail, _ = self._core.set_region(slot, flags, gpa, size, memory, backing, pfn_offset, hold)
         if not err:
             return
         if reason == "closed":

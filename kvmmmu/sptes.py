@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from kvmmmu import _core
 from kvmmmu._arguments import Words, column_u64, index_in, index_u64
+from kvmmmu._core import SplitSpte
 from kvmmmu.constants import TABLE
 from kvmmmu.errors import ArgumentError
 
-__all__ = ["MmioColumns", "MmioSpte", "Mmu", "SpteFormat", "SpteHost", "SpteWords", "decode"]
+__all__ = ["MmioColumns", "MmioSpte", "Mmu", "SplitSpte", "SpteFormat", "SpteHost", "SpteWords", "decode"]
 
 Mmu = Literal["shadow", "ept", "npt"]
 _MMUS = ("shadow", "ept", "npt")
@@ -328,6 +329,13 @@ class SpteFormat:
         out = np.empty(sptes.shape, np.bool_)
         self._core.is_mmio_many(np.ascontiguousarray(sptes).reshape(-1), out.view(np.uint8).reshape(-1))
         return out
+
+    def is_being_zapped(self, spte: SupportsIndex) -> bool:
+        """Whether an entry that a 32-bit host read in two halves is empty, or an mmio spte on its way there.
+
+        Linux 3.1 asks this of a direct entry that is no mmio spte: only if the answer is no, something is wrong.
+        """
+        return self._core.being_zapped(index_u64("spte", spte))
 
     @overload
     def is_reserved(self, spte: SupportsIndex, *, level: SupportsIndex = 1) -> bool: ...

@@ -115,6 +115,7 @@ class VCpu(TranslationCaches):
         OverflowError
             A value is negative or wider than its register.
         """
+        self._check_l1("set_sregs")
         now = self.regs
         values = {
             "cr0": now.cr0 if cr0 is None else index_u64("cr0", cr0),
@@ -130,6 +131,7 @@ class VCpu(TranslationCaches):
             raise GuestFaultError(f"#GP: {text} do not go together (or a PDPTE has reserved bits); nothing changed")
 
     def _load(self, n: int, name: str, value: int) -> None:
+        self._check_l1(name)
         if not self.load_register(n, value):
             raise GuestFaultError(f"#GP: {name} = {value:#x} is refused in this mode; nothing changed")
 
@@ -161,6 +163,41 @@ class VCpu(TranslationCaches):
         """WRMSR to EFER; raises GuestFaultError when LME changes under paging, ArgumentError for a missing feature."""
         self.cpu.check_registers(self.regs.cr4, index_u64("efer", value))
         self._load(8, "efer", value)
+
+    # -- the guest of a hypervisor in the guest
+
+    def enter_guest_mode(self, ncr3: SupportsIndex) -> None:
+        """Run the guest of a hypervisor that runs in this guest (what VMRUN with nested paging does).
+
+        Parameters
+        ----------
+        ncr3 : int
+            Root of the hypervisor's nested tables, which have the levels of its own paging mode.
+
+        Raises
+        ------
+        ArgumentError
+            The VM has no shadow paging, the hypervisor is not in long mode, or ``ncr3`` is no table's address.
+
+        Notes
+        -----
+        Until ``leave_guest_mode`` addresses are guest-physical ones of that inner guest (L2), user accesses to nested
+        tables, which KVM shadows; ``Outcome.PF`` with bit 32 in its code is a nested page fault for the hypervisor, L1.
+        L2's own paging and registers, exits to L1, and a second dimension below L1 are not modelled.
+        """
+        if not self.set_guest_mode(True, ncr3):
+            raise ArgumentError(
+                f"ncr3 = {index_u64('ncr3', ncr3):#x}: guest mode needs a VM with shadow paging, a hypervisor in long "
+                f"mode, and a multiple of 4096 below 2^{self.cpu.maxphyaddr}"
+            )
+
+    def leave_guest_mode(self) -> None:
+        """Go back to the hypervisor (#VMEXIT)."""
+        self.set_guest_mode(False, 0)
+
+    def _check_l1(self, what: str) -> None:
+        if self.guest_mode:
+            raise ArgumentError(f"{what}: the vCPU is in guest mode, and registers of L2 are not modelled")
 
     # -- accesses with data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from types import MappingProxyType, TracebackType
-from typing import Final, Literal, Self, get_args
+from typing import Final, Literal, Self, SupportsIndex, get_args
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -88,6 +88,7 @@ class VM:
                 mmio_scheme=behaviour.mmio_scheme if mmio_scheme is None else mmio_scheme,
                 tdp_mmu=behaviour.tdp_mmu if tdp_mmu is None else tdp_mmu,
                 nx_huge_pages=behaviour.nx_huge_pages if nx_huge_pages is None else nx_huge_pages,
+                nx_huge_pages_recovery_ratio=behaviour.nx_huge_pages_recovery_ratio,
             )
         else:
             behaviour = Behaviour(behaviour, mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
@@ -207,6 +208,39 @@ class VM:
         """
         if not self._core.set_nr_mmu_pages(pages):
             raise ArgumentError(f"pages is {pages}; allowed are 64 and more")
+
+    def set_nx_huge_pages(self, on: bool) -> None:
+        """Switch the mitigation of the running VM (the module parameter ``nx_huge_pages``); a change zaps everything.
+
+        ``behaviour`` goes on saying what the VM began with.
+        """
+        if not isinstance(on, bool):
+            raise TypeError(f"on must be True or False, not {on!r}")
+        self._core.set_nx_huge_pages(on)
+
+    def recover_nx_huge_pages(self, ratio: SupportsIndex | None = None) -> int:
+        """Do what KVM's recovery worker does in one period.
+
+        Tables that stand where a huge page would, had nothing been executed there (``nx_lpage_splits`` counts them),
+        are zapped, oldest first; the next access maps a huge page again.
+
+        Parameters
+        ----------
+        ratio : int, optional
+            One table in how many, rounded up; 0 none.  By default that of the behaviour, 60.
+
+        Returns
+        -------
+        int
+            How many were zapped.
+
+        Raises
+        ------
+        ArgumentError, OverflowError
+            ``ratio`` has more than 32 bits, or is negative.
+        """
+        default = self._behaviour.nx_huge_pages_recovery_ratio
+        return self._core.nx_recover(default if ratio is None else index_in("ratio", ratio, 0, 2**32 - 1))
 
     def set_manual_dirty_protect(self, *, initially_set: bool = False) -> None:
         """Clear dirty logs by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).

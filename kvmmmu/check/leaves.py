@@ -87,16 +87,13 @@ def rights(s: Snapshot) -> Iterator[Violation]:
 
 
 def frames(s: Snapshot) -> Iterator[Violation]:
-    """A leaf's frame is the one its slot has for its gfn (I1), or the host's zero page, which nobody may write."""
-    host = _mask(s, s.host_writable)
+    """A leaf's frame is the one its slot has for its gfn, or the host's zero page, read-only (I1)."""
     for page, entry in _leaves(s):
         gfn, pfn = int(s.gfn[page, entry]), int(s.pfn[page, entry])
         slot = s.spaces[Role.as_id(s.role(page))].at(gfn)
         wanted = None if slot is None else slot.pfn(gfn)
-        # Frame 0 is the zero page that the host shows to readers of a page it has not made yet.
-        if wanted is not None and pfn == 0 and s.level[page] == 1 and not host[page, entry]:
-            continue
-        if wanted != pfn:
+        zero = pfn == 0 and not int(s.sptes[page, entry]) & (2 | s.host_writable)
+        if wanted is None or (wanted != pfn and not zero):
             expected = "no slot there" if wanted is None else f"{wanted:#x}"
             where = spte_name(s, page * ENTRIES + entry)
             yield Violation("frames", where, f"maps gfn {gfn:#x} to pfn {pfn:#x}, expected {expected}")

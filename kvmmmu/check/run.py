@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from kvmmmu._core import VmCore
-from kvmmmu.check import leaves, links, lists, tdp, unsync
+from kvmmmu.check import leaves, links, lists, nx, tdp, unsync
 from kvmmmu.check.snapshot import Snapshot
 from kvmmmu.check.tlb import tlb_entries
 from kvmmmu.errors import InvariantError, Violation
@@ -40,6 +40,8 @@ INVARIANTS: Final = MappingProxyType[str, Callable[[Snapshot], Iterator[Violatio
         "generation": leaves.generation,
         "dirty log": leaves.dirty_log,
         "tdp tree": tdp.tree,
+        "nx list": nx.nx_list,
+        "nx leaves": nx.nx_leaves,
     }
 )
 

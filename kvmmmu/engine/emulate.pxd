@@ -48,6 +48,10 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
         return
     out.outcome = OUTCOME_PF
     out.error_code = code
+    if vcpu.guest_mode:
+        # A nested page fault: an exit to L1, no exception of the guest that runs.
+        out.error_code = code | PFERR_GUEST_FINAL
+        return
     if code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT:
         tlb_flush_gva(vcpu, gva)
         invlpg_root(vcpu, vcpu.root.page, gva)

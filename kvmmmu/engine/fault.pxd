@@ -77,6 +77,9 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     cdef bint cached
     if direct:
         cached = mmio_match_gpa(vcpu, address)
+    elif vcpu.guest_mode:
+        # What faulted is an L2 gpa, and the record holds none: only the spte can tell.
+        cached = False
     else:
         cached = mmio_match_gva(vcpu, address)
     if cached:

@@ -130,6 +130,8 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
     cdef const Paging *p = &vcpu.guest
     cdef bint ok
     vcpu.stats[<int>VSTAT_GUEST_WALK] += 1
+    # L1's nested tables see user accesses only.
+    access |= p.final_access
     if p.format != FMT_NONE:
         ev_pagetable_walk(vcpu.vm, vcpu.id, gva, access)
     access &= PFERR_WRITE | PFERR_USER | PFERR_FETCH

@@ -16,7 +16,8 @@ cdef inline void mmio_cache_fill(Vcpu *vcpu, uint64_t gva, uint64_t gfn, uint32_
     cdef uint64_t gen = mmio_cache_generation(vcpu)
     if gen & GEN_UPDATE_IN_PROGRESS:
         return
-    vcpu.mmio.gva = gva & ~<uint64_t>4095
+    # In guest mode the address is an L2 gpa: no gva that an instruction could name.
+    vcpu.mmio.gva = 0 if vcpu.guest_mode else gva & ~<uint64_t>4095
     vcpu.mmio.gfn = gfn
     vcpu.mmio.access = access
     vcpu.mmio.generation = gen

@@ -52,6 +52,8 @@ cdef inline int vcpu_move_to_cr(Vcpu *vcpu, int n, uint64_t value) noexcept nogi
     """MOV to CR0, CR3 or CR4.  REG_GP: #GP(0), nothing changed."""
     cdef bint pae = is_pae_paging(vcpu)
     cdef int result
+    if vcpu.guest_mode:
+        return REG_GP
     guest_leave(vcpu)
     if vcpu.vm.mmu == MMU_EPT:
         if n == 3 and pae:

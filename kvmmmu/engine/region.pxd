@@ -6,7 +6,7 @@ allocated before anything is published, so an error leaves the slots as they wer
 """
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed
@@ -30,6 +30,13 @@ cdef struct Work:
     SlotSet *final
 
 
+cdef struct Held:
+    # A deletion between its two swaps: the slot is INVALID, and waits for the caller to go on.
+    Region region
+    Work work
+    Slot *old
+
+
 # ---- seams: what the shadow MMU does when slots change ------------------------------
 
 cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
@@ -41,6 +48,14 @@ cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
     mmu_write_unlock(vm)
     if vm.switches.tdp_mmu:
         tdp_zap_invalid_roots(vm)
+
+
+cdef inline void nx_huge_pages_set(Vm *vm, bint on) noexcept nogil:
+    slots_lock(vm)
+    if vm.switches.nx_huge_pages != on:
+        vm.switches.nx_huge_pages = on
+        region_flush_shadow(vm)
+    slots_unlock(vm)
 
 
 cdef inline void region_follow_quota(Vm *vm) noexcept nogil:
@@ -128,6 +143,15 @@ cdef inline void work_free(Work *w) noexcept nogil:
     free(w.invalid)
     free(w.first)
     free(w.final)
+
+
+cdef inline void work_clear(Work *w) noexcept nogil:
+    w.plan.map = NULL
+    w.plan.segments = NULL
+    w.slot = NULL
+    w.invalid = NULL
+    w.first = NULL
+    w.final = NULL
 
 
 cdef inline void region_swap(Vm *vm, int as_id, SlotSet **next) noexcept nogil:
@@ -222,21 +246,37 @@ cdef inline int region_create(Vm *vm, Region *r, Work *w) noexcept nogil:
 
 
 cdef inline int region_delete(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogil:
-    cdef int as_id = old.as_id
-    cdef MemMap *old_map
+    cdef Held *held = NULL
     if (hostmem_plan_unbind(vm, &w.plan, old.hva, old.npages) != ERR_NONE or not work_invalidate(vm, w, old)):
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     w.final = slotset_replace(w.first, w.invalid, NULL)
-    if w.final == NULL:
+    if r.hold:
+        held = <Held *>malloc(sizeof(Held))
+    if w.final == NULL or r.hold and held == NULL:
+        free(held)
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
 
-    region_swap(vm, as_id, &w.first)
+    region_swap(vm, old.as_id, &w.first)
     hook(vm, POINT_SLOT_INVALID)
     region_flush_shadow(vm)
     hook(vm, POINT_SLOT_ZAPPED)
-    vm.slot_by_id[as_id][old.id] = NULL
+    if held == NULL:
+        region_delete_end(vm, r, w, old)
+        return ERR_NONE
+    held.region = r[0]
+    held.work = w[0]
+    held.old = old
+    vm.held = held
+    work_clear(w)
+    return ERR_NONE
+
+
+cdef inline void region_delete_end(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogil:
+    """From "faults wait" to "no memory there"."""
+    cdef MemMap *old_map
+    vm.slot_by_id[old.as_id][old.id] = NULL
     vm.total_pages -= old.npages
-    region_swap(vm, as_id, &w.final)
+    region_swap(vm, old.as_id, &w.final)
     old_map = hostmem_commit_unbind(vm, &w.plan)
     if old_map != NULL:
         vm_drain(vm)
@@ -244,7 +284,17 @@ cdef inline int region_delete(Vm *vm, Region *r, Work *w, Slot *old) noexcept no
     r.released = old.token
     slot_free(old)
     region_follow_quota(vm)
-    return ERR_NONE
+
+
+cdef inline void held_finish(Vm *vm, Region *out) noexcept nogil:
+    """Finish the deletion that was held open.  Under slots_lock, or with nobody else there."""
+    cdef Held *held = <Held *>vm.held
+    vm.held = NULL
+    region_delete_end(vm, &held.region, &held.work, held.old)
+    work_free(&held.work)
+    region_note_base(vm, &held.region, held.region.slot >> 16, held.region.slot & 0xffff)
+    out[0] = held.region
+    free(held)
 
 
 cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogil:
@@ -341,6 +391,8 @@ cdef inline int region_apply(Vm *vm, Region *r) noexcept nogil:
         return region_refuse(r, ERR_INVAL, WHY_ID, id)
     if vm.slots[0] == NULL:
         return region_refuse(r, ERR_NOENT, WHY_CLOSED, 0)
+    if vm.held != NULL:
+        return region_refuse(r, ERR_BUSY, WHY_HELD, (<Held *>vm.held).region.slot)
     if as_id < ADDRESS_SPACES:
         old = vm.slot_by_id[as_id][id]
     if r.keep_memory:
@@ -350,12 +402,7 @@ cdef inline int region_apply(Vm *vm, Region *r) noexcept nogil:
     err = region_check(vm, r, old)
     if err != ERR_NONE or r.change == CHANGE_NONE:
         return err
-    w.plan.map = NULL
-    w.plan.segments = NULL
-    w.slot = NULL
-    w.invalid = NULL
-    w.first = NULL
-    w.final = NULL
+    work_clear(&w)
     if r.change == CHANGE_CREATE:
         err = region_create(vm, r, &w)
     elif r.change == CHANGE_DELETE:
@@ -365,7 +412,7 @@ cdef inline int region_apply(Vm *vm, Region *r) noexcept nogil:
     else:
         err = region_flags(vm, r, &w, old)
     work_free(&w)
-    if err == ERR_NONE:
+    if err == ERR_NONE and vm.held == NULL:
         region_note_base(vm, r, as_id, id)
     return err
 
@@ -392,6 +439,17 @@ cdef inline int vm_set_region(Vm *vm, Region *r) noexcept nogil:
     return err
 
 
+cdef inline int vm_finish_delete(Vm *vm, Region *r) noexcept nogil:
+    """The second half of a deletion that began with ``r.hold``; ERR_NOENT if there is none."""
+    cdef int err = ERR_NOENT
+    slots_lock(vm)
+    if vm.held != NULL:
+        held_finish(vm, r)
+        err = ERR_NONE
+    slots_unlock(vm)
+    return err
+
+
 # ---- birth and death --------------------------------------------------------------------
 
 cdef inline bint vm_slots_init(Vm *vm) noexcept nogil:
@@ -411,6 +469,9 @@ cdef inline void vm_slots_free(Vm *vm) noexcept nogil:
     """At the end of the VM, or of a birth that failed half-way; later changes are refused."""
     cdef int as_id
     cdef int i
+    cdef Region r
+    if vm.held != NULL:
+        held_finish(vm, &r)
     for as_id in range(ADDRESS_SPACES):
         if vm.slots[as_id] != NULL:
             for i in range(vm.slots[as_id].map.n):

@@ -109,6 +109,8 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
     """MOV to CR3.  REG_GP: refused, nothing changed."""
     cdef bint keep = False
     cdef uint64_t pcid = 0
+    if vcpu.guest_mode:
+        return REG_GP  # L2's registers are not modelled
     if vcpu.regs.cr4 & CR4_PCIDE:
         keep = (value & CR3_NOFLUSH) != 0
         value &= ~CR3_NOFLUSH
@@ -205,7 +207,7 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
 cdef inline int write_efer(Vcpu *vcpu, uint64_t value) noexcept nogil:
     """WRMSR to EFER; LMA is the processor's."""
     cdef uint64_t old = vcpu.regs.efer
-    if is_paging(vcpu) and (old ^ value) & EFER_LME:
+    if vcpu.guest_mode or is_paging(vcpu) and (old ^ value) & EFER_LME:
         return REG_GP
     vcpu.regs.efer = (value & ~EFER_LMA) | (old & EFER_LMA)
     if (old ^ value) & (EFER_LME | EFER_NX):
@@ -220,6 +222,8 @@ cdef inline int set_sregs(Vcpu *vcpu, const CpuRegs *regs) noexcept nogil:
     """
     cdef CpuRegs old = vcpu.regs
     cdef bint pae
+    if vcpu.guest_mode:
+        return REG_GP
     # LMA follows from the rest: any other value would give the two halves of the MMU different modes.
     if not mode_legal(regs.cr0, regs.cr4, regs.efer) or efer_with_lma(regs.cr0, regs.efer) != regs.efer:
         return REG_GP

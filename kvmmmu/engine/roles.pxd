@@ -52,6 +52,8 @@ cdef inline uint64_t cpu_role(const Vcpu *vcpu) noexcept nogil:
             ext |= ROLE_EXT_LA57
     else:
         base |= 3 if cr4 & CR4_PAE else 2
+    if vcpu.guest_mode:
+        base |= ROLE_GUEST_MODE
     if cr4 & CR4_PSE:
         ext |= ROLE_EXT_PSE
     if cr4 & CR4_SMEP:
@@ -81,6 +83,9 @@ cdef inline uint32_t calc_root_role(const Vcpu *vcpu) noexcept nogil:
 
 cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
     """The guest's tables for both readers: KVM's walker and, under TDP, the processor."""
+    if vcpu.guest_mode:
+        paging_init_npt(&vcpu.guest, vcpu.ncr3, role_level(<uint32_t>vcpu.cpu_role), &vcpu.model, DIALECT_KVM)
+        return
     paging_init(&vcpu.guest, &vcpu.regs, &vcpu.model, DIALECT_KVM)
     if tdp_enabled(vcpu.vm):
         paging_init(&vcpu.guest_hw, &vcpu.regs, &vcpu.model, DIALECT_SDM)
@@ -122,7 +127,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
         regs.efer |= EFER_LME | EFER_LMA
     if level == 5:
         regs.cr4 |= CR4_LA57
-    if vm.mmu == MMU_NPT:
+    if vm.mmu == MMU_NPT or vcpu.guest_mode:
         paging_init_npt(&vcpu.hw, 0, level, &model, DIALECT_SDM)
         return
     if is_paging(vcpu):

@@ -15,7 +15,7 @@ from kvmmmu.engine.pages cimport (
     cache_drop, page_alloc, page_at, page_lags, page_obsolete, page_role, page_sptes,
     role_level, role_with_level, role_with_quadrant, root_table,
 )
-from kvmmmu.engine.roles cimport hw_root, is_paging, roles_refresh, tdp_enabled
+from kvmmmu.engine.roles cimport hw_root, is_long_mode, is_paging, roles_refresh, tdp_enabled
 from kvmmmu.engine.shadow cimport page_get
 from kvmmmu.engine.state cimport (
     ERR_NOSPC, PREV_ROOTS, PageList, REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH,
@@ -262,6 +262,8 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
     if tdp_enabled(vcpu.vm):
         tlb_invlpg(vcpu, gva)
         return
+    if vcpu.guest_mode:
+        return
     gva &= vcpu.guest.va_mask
     vcpu.stats[<int>VSTAT_INVLPG] += 1
     if not va_canonical(gva, vcpu.guest.va_shift):
@@ -344,8 +346,22 @@ cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
     if not vcpu.vm.host.amd:
         request(vcpu, REQ_TLB_FLUSH)
 
+cdef inline bint vcpu_set_guest_mode(Vcpu *vcpu, bint on, uint64_t ncr3) noexcept nogil:
+    """Enter or leave the guest of L1 (VMRUN, #VMEXIT).  False: L1's mode, or the MMU, has no shadow nested tables.
+
+    Every root goes: KVM keeps L1's and L2's in two MMU contexts, one vCPU here has one.
+    """
+    if on and (tdp_enabled(vcpu.vm) or not is_long_mode(vcpu) or ncr3 & ~PT_ADDR_MASK
+               or ncr3 >> vcpu.model.maxphyaddr):
+        return False
+    vcpu.guest_mode = on
+    vcpu.ncr3 = ncr3 if on else 0
+    context_reset(vcpu)
+    return True
+
 cdef inline void vcpu_init(Vcpu *vcpu) noexcept nogil:
     """INIT: SVM's answer to a guest that shut down; every root goes."""
+    vcpu.guest_mode = 0
     vcpu.regs.cr0 = CR0_CD | CR0_NW
     vcpu.regs.cr3 = 0
     vcpu.regs.cr4 = 0

@@ -14,6 +14,7 @@ from kvmmmu.engine.leaf cimport (
 )
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end
 from kvmmmu.engine.memslots cimport level_pages
+from kvmmmu.engine.nxpages cimport nx_disallow
 from kvmmmu.engine.pages cimport (
     gfn_bucket, hash_add, level_index, list_add_head, page_alloc, page_at, page_obsolete, page_sptes,
     role_access, role_has_gptes, role_level, role_with_access, role_with_level, role_with_quadrant, root_table,
@@ -25,7 +26,7 @@ from kvmmmu.engine.rmap cimport pte_list_add
 from kvmmmu.engine.sptes cimport parent_remove, spte_drop, spte_read, spte_write
 from kvmmmu.engine.state cimport (
     ERR_NOSPC, Fault, LIST_ACTIVE, PageList, STAT_MAX_MMU_PAGE_HASH_COLLISIONS, STAT_MMU_CACHE_MISS,
-    STAT_NX_LPAGE_SPLITS, ShadowPage, Vcpu, Vm,
+    ShadowPage, Vcpu, Vm,
 )
 from kvmmmu.engine.sync cimport sync_children, sync_or_zap
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
@@ -253,7 +254,7 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
             child = -child
             page_link(vcpu, index, child)
             if f.huge_page_disallowed and f.req_level >= level:
-                disallow_huge_page(vm, child)
+                nx_disallow(vm, child)
         table = child
         level -= 1
     ret = leaf_install(vcpu, f.slot, index, w.pte_access, base_gfn, f.pfn, f, f.map_writable, False)
@@ -289,18 +290,10 @@ cdef inline int direct_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             page_link(vcpu, index, child)
             # Not for a guest without paging: its pages are not the second dimension's.
             if vm.mmu and f.huge_page_disallowed and f.req_level >= level:
-                disallow_huge_page(vm, child)
+                nx_disallow(vm, child)
         table = child
         level -= 1
     ret = leaf_install(vcpu, f.slot, index, ACC_ALL, base_gfn, f.pfn, f, f.map_writable, False)
     if ret != RET_PF_SPURIOUS:
         prefetch_window(vcpu, index)
     return ret
-
-
-cdef inline void disallow_huge_page(Vm *vm, int32_t id) noexcept nogil:
-    """This table exists because an executable page may not be huge; recovery may undo it."""
-    if page_at(vm, id).nx_disallowed:
-        return
-    page_at(vm, id).nx_disallowed = 1
-    fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], 1)

@@ -137,6 +137,7 @@ cdef enum:
     WHY_BACKING
     WHY_NO_FRAMES
     WHY_CLOSED
+    WHY_HELD
 
 cdef struct Region:
     # The arguments of KVM_SET_USER_MEMORY_REGION and what came of them.
@@ -147,6 +148,7 @@ cdef struct Region:
     uint8_t *hva
     uint8_t keep_memory   # hva and size are those the slot has
     uint8_t host_writable  # the buffer may be written
+    uint8_t hold          # of a deletion: stop while the slot is INVALID
     uint8_t max_level     # backing wanted for bytes not bound yet: 1, 2, 3; 0: 1, and no opinion on bound ones
     uint32_t pfn_offset   # of a new host range within its 1 GiB, in pages
     uint64_t token        # of the buffer export behind hva
@@ -436,6 +438,8 @@ cdef struct Vcpu:
     uint8_t ac            # EFLAGS.AC
     uint8_t long_cs       # CS.L: 64-bit code
     uint8_t smm           # address space 1
+    uint8_t guest_mode    # runs the guest of a hypervisor in the guest: addresses are L2 gpas, ncr3 translates them
+    uint64_t ncr3         # nested CR3 in guest mode: root of L1's tables
     uint32_t requests     # REQ_*, set by any thread
     uint64_t rip          # of the instruction at work, for tracepoints
     uint64_t retry_rip    # the instruction last resumed instead of emulated, and its fault address
@@ -507,6 +511,7 @@ cdef struct Vm:
     int ranges_capacity
     SlotSet *slots[2]     # published with release, by address space
     Slot **slot_by_id[2]  # MAX_SLOT_ID entries each; under slots_lock
+    void *held            # a deletion held open between its two swaps (region.pxd, Held), or NULL
     uint64_t *last_base[2]  # by id: base gfn named in its last change (3.1's rule for zapping all)
     uint8_t *host_states  # by pfn: HOSTPAGE_*; reserved, untouched while every page is present
     uint8_t host_states_used
@@ -527,6 +532,9 @@ cdef struct Vm:
     uint8_t valid_gen
     uint8_t rmaps         # slots carry rmaps (shadow MMU in use)
     int32_t tdp_roots     # chain through list_next
+    uint32_t nx_lock      # guards the next two and the pages' links between them
+    int32_t nx_head       # tables in the place of a huge page, oldest first; 0 = none
+    int32_t nx_tail
     uint32_t closed       # 1 once closed: no vCPU may be claimed any more
     uint64_t stats[32]
     EventRing events

@@ -20,16 +20,17 @@ from kvmmmu.engine.leaf cimport (
 )
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock, readers_drain, vm_read_lock, vm_read_unlock
 from kvmmmu.engine.memslots cimport level_pages
+from kvmmmu.engine.nxpages cimport nx_disallow, nx_forget
 from kvmmmu.engine.pages cimport (
     cache_alloc, cache_return, level_index, page_alloc, page_at, page_free, page_invalidate, page_sptes,
     role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
 from kvmmmu.engine.pfns cimport max_mapping_level
-from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level, disallow_huge_page
+from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level
 from kvmmmu.engine.sptes cimport page_stats, spte_read, spte_write
 from kvmmmu.engine.state cimport (
-    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, STAT_NX_LPAGE_SPLITS, ShadowPage, Slot,
+    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, ShadowPage, Slot,
     VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
@@ -67,9 +68,7 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
     cdef uint64_t old
     cdef int i
     ev_prepare_zap_page(vm, -1, id)
-    if sp.nx_disallowed:
-        sp.nx_disallowed = 0
-        fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], ALL_ONES)
+    nx_forget(vm, id)
     for i in range(ENTRIES):
         sptep = spte_at(vm, base + <uint64_t>i)
         if shared:
@@ -215,7 +214,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
                 tdp_defer(vm, doomed)
                 return RET_PF_RETRY
             if f.huge_page_disallowed and f.req_level >= level:
-                disallow_huge_page(vm, child)
+                nx_disallow(vm, child)
         else:
             child = <int32_t>spte_pfn(spte)
         table = child
@@ -323,6 +322,32 @@ cdef inline void tdp_zap_everything(Vm *vm) noexcept nogil:
     while id:
         tdp_zap_root(vm, id, False)
         id = page_at(vm, id).list_next
+
+# ---- one table ----------------------------------------------------------------------
+
+cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogil:
+    """Unlink one table and tear it down, under mmu_lock for write; the caller flushes.  False: nothing leads to it."""
+    cdef ShadowPage *sp = page_at(vm, id)
+    cdef int32_t root = vm.tdp_roots, table
+    cdef uint64_t index, spte
+    cdef int level
+    while root:
+        table = root
+        level = role_level(page_at(vm, root).role)
+        while True:
+            index = (<uint64_t>table << 9) + <uint64_t>level_index(sp.gfn << 12, level)
+            spte = spte_read(spte_at(vm, index))
+            if not spte_present(spte) or spte_is_last(spte, level):
+                break
+            table = <int32_t>spte_pfn(spte)
+            if table == id:
+                if not cmpxchg_u64(spte_at(vm, index), spte, 0):
+                    return False
+                tdp_changed(vm, index, spte, 0, False, doomed)
+                return True
+            level -= 1
+        root = page_at(vm, root).list_next
+    return False
 
 # ---- ranges of gfns -----------------------------------------------------------------
 

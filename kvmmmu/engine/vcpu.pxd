@@ -49,18 +49,29 @@ cdef inline uint64_t ept_error_code(uint64_t qualification) noexcept nogil:
 
 
 cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
-    """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks."""
+    """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks.
+
+    Small, so that the compiler puts it where it is called: two dimensions save many registers, one needs none of that.
+    An inner guest's accesses pass by the TLB.
+    """
+    cdef int fault
+    if vcpu.vm.mmu != MMU_SHADOW or vcpu.tlb != NULL and not vcpu.guest_mode:
+        return hardware_access_nested(vcpu, gva, access, gpa, hpa)
+    fault = walk_memory(&vcpu.hw, vm_hostmem(vcpu.vm), &vcpu.table_hint, &vcpu.nested, gva,
+                        access | vcpu.hw.final_access, vcpu.ac, True)
+    if fault == FAULT_NONE:
+        hpa[0] = vcpu.nested.gpa
+        gpa[0] = shadow_gpa(vcpu)
+    return fault
+
+
+cdef inline int hardware_access_nested(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa,
+                                       uint64_t *hpa) noexcept nogil:
     cdef const MemMap *mem = vm_hostmem(vcpu.vm)
     cdef int fault, quick
     cdef Quick q
-    if vcpu.tlb != NULL:
+    if vcpu.tlb != NULL and not vcpu.guest_mode:
         return tlb_access(vcpu, gva, access, gpa, hpa)
-    if vcpu.vm.mmu == MMU_SHADOW:
-        fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
-        if fault == FAULT_NONE:
-            hpa[0] = vcpu.nested.gpa
-            gpa[0] = shadow_gpa(vcpu)
-        return fault
     quick = quick_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.nested, gva, access,
                          vcpu.ac, True, &q, hpa)
     if quick == QUICK_YES:
@@ -131,6 +142,8 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
         code = reported_code(vcpu, code)
     if fault != FAULT_PF:
         address = vcpu.nested.va
+    if vcpu.guest_mode:
+        code |= PFERR_GUEST_FINAL
     trace_exit(vcpu, fault, address, code)
     if fault == FAULT_EPT_VIOLATION:
         code = ept_error_code(code)

@@ -10,7 +10,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
 from kvmmmu.bits.spte cimport bits_between
-from kvmmmu.engine.memory cimport memmap_host
+from kvmmmu.engine.memory cimport memmap_find, memmap_host
 from kvmmmu.engine.state cimport MemMap
 
 cdef extern from "kvmmmu/atomics.h" nogil:
@@ -45,8 +45,25 @@ cdef inline bint walk_update(int fmt, const MemMap *m, uint64_t gpa, int *hint, 
 cdef inline int walk_loop(int fmt, const Paging *p, const MemMap *m, int *hint, Walk *w, uint64_t va,
                           uint64_t access, bint ac) noexcept nogil:
     cdef int r = walk_begin(p, w, va, access, ac)
+    # One walk's tables mostly stand in one area: it stays in registers, and is looked up again where it ends.
+    cdef uint64_t first = 0, npages = 0, entry
+    cdef const uint8_t *base = NULL
+    cdef int i
     while r == WALK_NEXT:
-        r = walk_step(fmt, p, w, walk_fetch(fmt, m, w.entry_gpa, hint))
+        entry = 0
+        if (w.entry_gpa >> 12) - first >= npages:
+            i = memmap_find(m, w.entry_gpa >> 12, hint)
+            npages = 0
+            if i >= 0 and m.host[i] != NULL:
+                first = m.first[i]
+                npages = m.npages[i]
+                base = m.host[i]
+        if npages:
+            if fmt == FMT_32:
+                entry = kvmmmu_ld_u32(<const uint32_t *>(base + (w.entry_gpa - (first << 12))))
+            else:
+                entry = kvmmmu_ld_u64(<const uint64_t *>(base + (w.entry_gpa - (first << 12))))
+        r = walk_step(fmt, p, w, entry)
     return r
 
 

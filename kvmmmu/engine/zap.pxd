@@ -13,11 +13,12 @@ from kvmmmu.engine.pages cimport (
     page_invalidate, page_obsolete,
     page_sptes, page_unsync_bits, role_has_gptes, role_level, spte_page, unsync_bit_clear,
 )
+from kvmmmu.engine.nxpages cimport nx_forget
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first
 from kvmmmu.engine.sptes cimport parent_remove, spte_zap
 from kvmmmu.engine.state cimport (
     LIST_ACTIVE, LIST_INVALID, LIST_NONE, PageList, REQ_FREE_OBSOLETE_ROOTS, STAT_MMU_RECYCLED, STAT_MMU_SHADOW_ZAPPED,
-    STAT_MMU_UNSYNC, STAT_NX_LPAGE_SPLITS, ShadowPage, Vm,
+    STAT_MMU_UNSYNC, ShadowPage, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 from kvmmmu.engine.track cimport unaccount_shadowed
@@ -99,9 +100,7 @@ cdef inline int64_t zap_prepare(Vm *vm, int vcpu_id, int32_t id, PageList *inval
     while parent:
         parent_remove(vm, id, parent)
         parent = pte_list_first(vm, sp.parents, &it)
-    if sp.nx_disallowed:
-        sp.nx_disallowed = 0
-        fetch_add_u64(&vm.stats[<int>STAT_NX_LPAGE_SPLITS], ALL_ONES)
+    nx_forget(vm, id)
     was_obsolete = page_obsolete(vm, sp)
     if not sp.role & ROLE_INVALID and role_has_gptes(sp.role):
         unaccount_shadowed(vm, id)

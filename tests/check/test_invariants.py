@@ -60,7 +60,16 @@ def p32_state() -> Snapshot:
     return Snapshot(m.vm._core.snapshot())
 
 
-STATES = {"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state}
+def nx_state() -> Snapshot:
+    """Three huge pages split for a fetch, and one that was only read."""
+    m = Machine("npt", FLAT, page_size="2M", nx_huge_pages=True)
+    for n in range(3):
+        m.access(n * 0x20_0000, "x")
+    m.access(3 * 0x20_0000)
+    return Snapshot(m.vm._core.snapshot())
+
+
+STATES = {"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state, "nx": nx_state}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -311,6 +320,12 @@ DAMAGE: list[tuple[str, str, str, Damage]] = [
     ("tdp tree", "tdp", "a table hangs twice", two_tdp_parents),
     ("tdp tree", "tdp", "a table hangs nowhere", lost_tdp_table),
     ("tdp tree", "tdp", "a table is shifted", shifted_tdp_table),
+    ("nx list", "nx", "a page is cut off", lambda s: s.pages["nx_next"].__setitem__(s.nx_head, 0)),
+    ("nx list", "nx", "a back link is wrong", lambda s: s.pages["nx_prev"].__setitem__(s.nx_tail, 0)),
+    ("nx list", "nx", "the tail is another page", value("nx_tail", -1)),
+    ("nx list", "nx", "a page is not marked", lambda s: s.pages["nx_disallowed"].__setitem__(s.nx_head, 0)),
+    ("nx list", "nx", "it leads out of the arena", lambda s: s.pages["nx_next"].__setitem__(s.nx_head, 1 << 20)),
+    ("nx leaves", "nx", "a huge page may be executed", leaf(clear=1 << 63, level=2)),
 ]
 
 
