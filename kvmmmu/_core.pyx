@@ -1001,6 +1001,13 @@ cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
     return number
 
 
+cdef int in_range(object value, str name, int low, int high) except? -1:
+    """A small number, or an ArgumentError that says what is allowed."""
+    if not low <= value <= high:
+        raise ArgumentError(f"{name} is {value!r}; allowed are {low} .. {high}")
+    return value
+
+
 cdef class Export:
     """One buffer export, held until nothing of the engine points into it."""
 
@@ -1639,6 +1646,7 @@ cdef class VcpuCore(VcpuHandle):
                 tuple([v.regs.pdptr[i] for i in range(4)]))
 
     def set_mode(self, int cpl, bint ac):
+        in_range(cpl, "cpl", 0, 3)
         self.claim()
         self.vcpu.cpl = cpl
         self.vcpu.ac = ac
@@ -1832,13 +1840,16 @@ cdef class VcpuCore(VcpuHandle):
         """An access of up to 64 bytes with its data: (result, bytes of what memory gave)."""
         cdef AccessResult result = AccessResult.__new__(AccessResult)
         cdef uint64_t word = as_word(gva, "gva")
-        cdef int n = size
+        cdef int n = in_range(operator.index(size), "size", 1, 64)
         cdef uint8_t buffer[64]
+        cdef bytes part
         cdef uint64_t bits = PFERR_WRITE if write else 0
         cdef uint8_t own
+        in_range(cpl, "cpl", 0, 3)
         memset(buffer, 0, 64)
         if write:
-            buffer[:n] = <bytes>data
+            part = data
+            memcpy(buffer, <const char *>part, <size_t>in_range(len(part), "len(data)", n, n))
         self.claim()
         own = self.vcpu.cpl
         self.vcpu.cpl = <uint8_t>cpl
@@ -1863,14 +1874,16 @@ cdef class VcpuCore(VcpuHandle):
         cdef int i
         cdef bytes data
         memset(&insn, 0, sizeof(insn))
-        insn.op = <uint8_t>op
+        in_range(cpl, "cpl", 0, 3)
+        in_range(vectoring, "vectoring", 0, 31)
+        insn.op = <uint8_t>in_range(op, "op", 0, 5)
         insn.gva = as_word(gva, "gva")
-        insn.size = <uint8_t>size
+        insn.size = <uint8_t>in_range(size, "size", 1, 8)
         insn.value = as_word(value, "value")
         insn.expected = as_word(expected, "expected")
         insn.src = as_word(src, "src")
         insn.code_gva = as_word(code_gva, "code_gva")
-        insn.code_size = <uint8_t>code_size
+        insn.code_size = <uint8_t>in_range(code_size, "code_size", 0, 15)
         insn.split_rmw = split_rmw
         insn.refetch = refetch
         self.claim()
@@ -1908,7 +1921,7 @@ cdef class VcpuCore(VcpuHandle):
         cdef Insn insn
         memset(&insn, 0, sizeof(insn))
         insn.code_gva = as_word(code_gva, "code_gva")
-        insn.code_size = <uint8_t>code_size
+        insn.code_size = <uint8_t>in_range(code_size, "code_size", 0, 15)
         self.claim()
         with nogil:
             insn_fetch(self.vcpu, &insn, &result.a)
@@ -1926,6 +1939,8 @@ cdef class VcpuCore(VcpuHandle):
         cdef WalkColumn codes = WalkColumn.of(kinds, "kinds", 1, n, False)
         cdef WalkColumn dst = WalkColumn.of(out, "out", sizeof(Access), n, True)
         cdef uint8_t own
+        in_range(cpl, "cpl", 0, 3)
+        in_range(size, "size", 1, 64)
         self.claim()
         own = self.vcpu.cpl
         self.vcpu.cpl = <uint8_t>cpl

@@ -141,3 +141,26 @@ def test_an_emitted_record_with_odd_words_is_rendered_all_the_same(machine):
         vm.events.emit(name, *[2**64 - 1] * 7)
     lines = [line for line in vm.events.text(roles=True, frames=True).splitlines() if not line.startswith("role_")]
     assert [line.partition(":")[0] for line in lines] == list(km.events.EVENT_NAMES)
+
+
+@pytest.mark.parametrize("size", [0, 65, 4096, 2**31 - 1])
+def test_an_access_with_data_is_1_to_64_bytes_whoever_asks(size):
+    vcpu = km.VM().create_vcpu()
+    with pytest.raises(ArgumentError, match="size"):
+        vcpu.move(0, size, b"", 0, False)
+    with pytest.raises(ArgumentError, match=r"len\(data\)"):
+        vcpu.move(0, 8, b"1234", 0, True)
+    with pytest.raises(ArgumentError, match="cpl"):
+        vcpu.set_mode(4, False)
+
+
+def test_an_instruction_at_the_end_of_memory_is_traced_to_the_end_of_memory_only():
+    vm = km.VM(mmu="npt")
+    memory = np.zeros(8192, np.uint8)
+    vm.memslots.create(gpa=0, memory=memory[:4096])
+    vcpu = vm.create_vcpu()
+    vcpu.set_sregs(cr0=1, cr3=0, cr4=0, efer=0)
+    vm.events.enable()
+    vcpu.execute("load", 0x10000000, size=4, code_gva=0xFF8, code_size=15, mmio_read=lambda _, n: bytes(n))
+    (line,) = [line for line in vm.events.text().splitlines() if line.startswith("kvm_emulate_insn")]
+    assert "00 00 00 00 00 00 00 00" in line

@@ -146,7 +146,7 @@ def _check_rights(paging: Paging, c: dict[str, _Array], tally: _Tally) -> None:
     new = np.ones(len(leaves), bool)
     new[1:] = (start[1:] != end[:-1]) | (prot[1:] != prot[:-1])
     first = np.flatnonzero(new)
-    last = np.append(first[1:], len(leaves)) - 1
+    last = np.append(first[1:], len(leaves))[: len(first)] - 1
     ours = {(int(a), int(b), int(p)) for a, b, p in zip(start[first], end[last], prot[first], strict=True)}
     theirs = list(zip(c["mem_start"].tolist(), c["mem_end"].tolist(), c["mem_prot"].tolist(), strict=True))
     good = np.array([row in ours for row in theirs])

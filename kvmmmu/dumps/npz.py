@@ -95,6 +95,8 @@ class PageTableDump:
         columns: dict[str, npt.NDArray[Any]] = {}
         for group in _GROUPS:
             rows: int | None = None
+            if group[0] not in raw and (others := [name for name in group if name in raw]):
+                raise FormatError(f"{path}: column {group[0]!r} is missing; {others[0]!r} needs it")
             for name in group:
                 if name not in raw:
                     columns[name] = np.zeros(rows or 0, _COLUMNS.get(name, "U1"))

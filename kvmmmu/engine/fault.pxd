@@ -28,15 +28,15 @@ from kvmmmu.engine.locks cimport (
     kvmmmu_reading_begin, kvmmmu_reading_end, mmu_read_lock, mmu_read_unlock, mmu_write_lock, mmu_write_unlock,
 )
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
-from kvmmmu.engine.memslots cimport slot_visible
+from kvmmmu.engine.memslots cimport level_pages, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_cache_fill, mmio_match_gpa, mmio_match_gva
 from kvmmmu.engine.pages cimport cache_fill, page_at, page_obsolete, root_table
 from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
 from kvmmmu.engine.shadow cimport direct_map, flooding_clear_path, shadow_map
 from kvmmmu.engine.state cimport (
-    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_REFILL, VSTAT_MMIO_SLOW,
-    VSTAT_MMIO_SPTE_HIT,
-    VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
+    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, REQ_FREE_OBSOLETE_ROOTS, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_REFILL,
+    VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT, VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS,
+    VSTAT_PF_TAKEN, Vcpu, Vm,
 )
 from kvmmmu.engine.tdp cimport TDP_FAULT_PAGES, tdp_map, tdp_reap
 from kvmmmu.engine.track cimport gfn_write_tracked
@@ -161,6 +161,7 @@ cdef inline int fast_page_fault(Vcpu *vcpu, const Fault *f) noexcept nogil:
                 break
             new_ |= PT_WRITABLE_MASK
         if new_ == spte or not spte_permits(&vm.masks, new_, f.write, f.fetch):
+            new_ = spte  # nothing was written
             break
         hook(vcpu, POINT_FAST_READ)
         if mutant(vm, MUTANT_PLAIN_STORE):
@@ -226,7 +227,12 @@ cdef inline bint fault_stale(Vcpu *vcpu, const Fault *f) noexcept nogil:
     cdef int32_t root = vcpu.root.page
     if f.slot != NULL and (vcpu.vm.notifier_active or f.seq != vcpu.vm.notifier_seq):
         return True
-    return root == 0 or not page_at(vcpu.vm, root).special and page_obsolete(vcpu.vm, page_at(vcpu.vm, root))
+    if root == 0:
+        return True
+    if page_at(vcpu.vm, root).special:
+        # Four entries without a shadow page: whether any went, only the request tells.
+        return (ld_acquire_u32(&vcpu.requests) & REQ_FREE_OBSOLETE_ROOTS) != 0
+    return page_obsolete(vcpu.vm, page_at(vcpu.vm, root))
 
 # ---- the real path ------------------------------------------------------------------
 
@@ -281,7 +287,8 @@ cdef inline bint fault_hits_own_tables(Vcpu *vcpu, Fault *f, const Walk *w) noex
     Then the page is mapped 4 KiB at a time, or the huge mapping would protect the table
     and the data together and the guest could never make progress.
     """
-    cdef uint64_t mask = ~((ONE << (w.page_shift - 12)) - 1)
+    # A block of KVM's own tables: half of a 4 MiB guest page.
+    cdef uint64_t mask = ~(level_pages(w.level) - 1)
     cdef uint64_t table
     cdef int level, top = vcpu.guest.levels
     cdef bint inside = False

@@ -17,9 +17,9 @@ from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
 )
 from kvmmmu.engine.hooks cimport MUTANT_NO_REREAD, mutant
-from kvmmmu.engine.hostpages cimport host_read, host_write
+from kvmmmu.engine.hostpages cimport HOSTPAGE_ABSENT, HOSTPAGE_STATE, host_read, host_state, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
-from kvmmmu.engine.memslots cimport slot_host, slot_visible
+from kvmmmu.engine.memslots cimport slot_host, slot_pfn, slot_visible
 from kvmmmu.engine.pfns cimport slot_readonly
 from kvmmmu.engine.state cimport Slot, VSTAT_GUEST_WALK, Vcpu
 
@@ -30,6 +30,16 @@ cdef inline uint8_t *guest_host(Vcpu *vcpu, uint64_t gpa) noexcept nogil:
     if not slot_visible(slot):
         return NULL
     host_read(vcpu.vm, slot, gpa >> 12)
+    return slot_host(slot, gpa >> 12) + (gpa & 4095)
+
+cdef inline uint8_t *guest_host_atomic(Vcpu *vcpu, uint64_t gpa) noexcept nogil:
+    """The same for a reader that holds mmu_lock and may not wait: NULL too where the host has no page yet."""
+    cdef Slot *slot = vcpu_slot(vcpu, gpa >> 12)
+    if not slot_visible(slot):
+        return NULL
+    if (vcpu.vm.host_states_used
+            and host_state(vcpu.vm, slot_pfn(slot, gpa >> 12)) & HOSTPAGE_STATE == HOSTPAGE_ABSENT):
+        return NULL
     return slot_host(slot, gpa >> 12) + (gpa & 4095)
 
 cdef inline uint64_t gpte_load(int fmt, const uint8_t *host) noexcept nogil:
@@ -232,7 +242,7 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
 
 cdef inline bint gpte_changed(Vcpu *vcpu, const Walk *w, int level) noexcept nogil:
     """The guest rewrote the entry of ``level`` since the walk read it."""
-    cdef uint8_t *host = guest_host(vcpu, w.entry_gpas[level])
+    cdef uint8_t *host = guest_host_atomic(vcpu, w.entry_gpas[level])
     if mutant(vcpu.vm, MUTANT_NO_REREAD):
         return False
     return host == NULL or gpte_load(vcpu.guest.format, host) != w.entries[level]

@@ -8,6 +8,7 @@ the guest instead ("unprotect and retry"), and leaves for user space at MMIO, to
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.paging cimport FAULT_NONE
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, guest_store
 from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulate_transfer, inject_guest_fault
@@ -18,16 +19,17 @@ from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_match_gpa, mmio_match_gva
-from kvmmmu.engine.pfns cimport slot_readonly
+from kvmmmu.engine.pfns cimport gfn_to_pfn, pfn_is_error, slot_readonly
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.roles cimport tdp_enabled
 from kvmmmu.engine.state cimport (
     Access, INSN_ADD, INSN_CMPXCHG, INSN_FETCH, INSN_LOAD, INSN_MOVS, INSN_STORE, Insn, MmioExit,
-    OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT, SUBERROR_EMULATION, Slot,
+    OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT,
+    SUBERROR_EMULATION, Slot,
     VSTAT_INSN_EMULATION, VSTAT_INSN_EMULATION_FAIL, Vcpu,
 )
 from kvmmmu.engine.vcpu cimport (
-    access_begin, access_move, enter_ends, exit_ends, guest_own_fault, handle_exit, hardware_access,
+    MAX_EXITS, access_begin, access_move, enter_ends, exit_ends, guest_own_fault, handle_exit, hardware_access,
 )
 from kvmmmu.engine.write cimport track_write
 from kvmmmu.engine.zap cimport unprotect_gfn
@@ -38,9 +40,9 @@ cdef enum:
     STEP_EXIT = 2     # an MMIO read waits for its data
 
 cdef enum:
-    ENDED = 0
-    DECODED = 1
-    RESUME = 2        # the guest runs on from where it was
+    DECODE_END = 0       # ``out`` says how
+    DECODE_OK = 1
+    DECODE_RESUME = 2    # KVM could not, and lets the guest try again
 
 cdef struct Operand:
     # One translated memory operand, in up to two pieces.
@@ -240,7 +242,28 @@ cdef inline void emulate_run(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil
         out.outcome = OUTCOME_OK
 
 
+cdef inline bint era_fetch_fails(const Vcpu *vcpu) noexcept nogil:
+    return (vcpu.vm.switches.era & ERA_FETCH_FAULT_FAILS) != 0
+
+
 cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
+    """KVM cannot read the instruction.  True: unprotected what it wrote to, the guest may execute it itself."""
+    cdef Walk w   # the fault of the fetch stays in vcpu.walk
+    cdef uint64_t gpa = address
+    cdef uint8_t writable = 0
+    if not vcpu.root_role & ROLE_DIRECT:
+        if not guest_walk(vcpu, &w, address, user_bit(vcpu) | PFERR_WRITE):
+            return True
+        gpa = w.gpa
+    if pfn_is_error(gfn_to_pfn(vcpu.vm, vcpu_slot(vcpu, gpa >> 12), gpa >> 12, True, &writable)):
+        return False
+    mmu_write_lock(vcpu.vm)
+    unprotect_gfn(vcpu.vm, vcpu.id, gpa >> 12)
+    mmu_write_unlock(vcpu.vm)
+    return True
+
+
+cdef inline bint resume_unreadable(Vcpu *vcpu, uint64_t address) noexcept nogil:
     """Linux 3.1 lets the guest try again if the address it faulted at has memory behind it, once unprotected."""
     cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
     cdef int64_t zapped = 0
@@ -259,31 +282,40 @@ cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
     return slot_visible(vcpu_slot(vcpu, address >> 12))
 
 
-cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, Access *out) noexcept nogil:
-    """Fetch the instruction by software: DECODED, ENDED (it ended here), or RESUME."""
+cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Access *out) noexcept nogil:
+    """Fetch the instruction by software: DECODE_*.  ``retry``: a fault at ``address`` may be retried instead."""
     cdef uint8_t *host = NULL
-    cdef bint fails = (vcpu.vm.switches.era & ERA_FETCH_FAULT_FAILS) != 0
+    cdef Slot *slot
+    cdef int size = insn.code_size
+    cdef bint fails = era_fetch_fails(vcpu)
+    cdef bint found, resume
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     # An event that was being delivered is forgotten once an instruction is emulated.
     vcpu.vectoring = 0
-    if guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+    found = guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH)
+    if found:
         host = guest_host(vcpu, vcpu.walk.gpa)
-    elif not fails:
-        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
-        inject_guest_fault(vcpu, vcpu.rip, out)
-        return ENDED
     if host != NULL:
-        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, insn.code_size, bits, False)
-        return DECODED
+        if (vcpu.walk.gpa & 4095) + <uint64_t>size > 4096:
+            # The rest may stand elsewhere, or nowhere.
+            slot = vcpu_slot(vcpu, vcpu.walk.gpa >> 12)
+            if slot != vcpu_slot(vcpu, (vcpu.walk.gpa >> 12) + 1):
+                size = 4096 - <int>(vcpu.walk.gpa & 4095)
+        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, size, bits, False)
+        return DECODE_OK
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
-    if fails and resume_undecoded(vcpu, address):
-        return RESUME
+    resume = resume_unreadable(vcpu, address) if fails else retry and resume_undecoded(vcpu, address)
+    if resume:
+        return DECODE_RESUME
+    if not found and not fails:
+        inject_guest_fault(vcpu, vcpu.rip, out)
+        return DECODE_END
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, True)
     vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
     out.outcome = OUTCOME_INTERNAL_ERROR
     out.suberror = SUBERROR_EMULATION
-    return ENDED
+    return DECODE_END
 
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
@@ -293,7 +325,7 @@ cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
     vcpu.retry_rip = 0
     vcpu.retry_address = 0
     out.path = PATH_EMULATED
-    decode(vcpu, insn, 0, out)
+    decode(vcpu, insn, 0, False, out)
 
 
 cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, bint allowed) noexcept nogil:
@@ -331,7 +363,7 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
     """
     cdef int fault, result, decoded
     cdef uint64_t here = 0, known = ALL_ONES, address
-    cdef bint cached
+    cdef bint cached, retry
     cdef Operand code
     access_begin(out, insn.size)
     insn.n_exits = 0
@@ -366,11 +398,16 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
                 cached = mmio_match_gpa(vcpu, address)
             else:
                 cached = mmio_match_gva(vcpu, address)
-            decoded = decode(vcpu, insn, here, out)
-            if decoded == ENDED:
+            retry = not cached and not vcpu.mmio_hit
+            # Linux 3.1 looks behind the address of the fault itself.
+            decoded = decode(vcpu, insn, here if era_fetch_fails(vcpu) else address, retry, out)
+            if decoded == DECODE_END:
                 return
-            if decoded == DECODED and not retry_instead(vcpu, insn, address, not cached and not vcpu.mmio_hit):
+            if decoded == DECODE_OK and not retry_instead(vcpu, insn, address, retry):
                 emulate_run(vcpu, insn, out)
+                return
+            if out.exits >= MAX_EXITS:
+                out.outcome = OUTCOME_HANG
                 return
 
 

@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FMT_32, Paging, rsvd_fault
 from kvmmmu.bits.spte cimport spte_present
-from kvmmmu.engine.guest cimport gpte_access, gpte_gfn, gpte_load, guest_host
+from kvmmmu.engine.guest cimport gpte_access, gpte_gfn, gpte_load, guest_host_atomic
 from kvmmmu.engine.leaf cimport leaf_install
 from kvmmmu.engine.lookup cimport vcpu_slot
 from kvmmmu.engine.memslots cimport slot_visible
@@ -79,7 +79,7 @@ cdef inline void prefetch_window(Vcpu *vcpu, uint64_t index) noexcept nogil:
     if sp.role & ROLE_DIRECT:
         prefetch_direct(vcpu, index)
         return
-    host = guest_host(vcpu, page_gpte_gpa(sp, first, fmt))
+    host = guest_host_atomic(vcpu, page_gpte_gpa(sp, first, fmt))
     if host == NULL:
         return
     for i in range(PREFETCH_WINDOW):

@@ -177,7 +177,8 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     vcpu.regs.efer = efer_with_lma(value, vcpu.regs.efer)
     if changed & CR0_PG and not value & CR0_PG:
         request(vcpu, REQ_TLB_FLUSH_GUEST)
-    if changed & CR0_WP and not changed & CR0_PG and tdp_enabled(vcpu.vm) and not vcpu.vm.switches.era & ERA_ONE_ROOT:
+    # A change of WP and nothing else touches no table of the second dimension.
+    if changed == CR0_WP and tdp_enabled(vcpu.vm) and not vcpu.vm.switches.era & ERA_ONE_ROOT:
         roles_refresh(vcpu)
     elif changed & (CR0_PG | CR0_WP):
         context_reset(vcpu)
@@ -208,7 +209,7 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
     tlb_retag(vcpu)
     if changed & role_bits:
         context_reset(vcpu)
-    elif changed & CR4_PCIDE and value & CR4_PCIDE:
+    elif changed & CR4_PCIDE and value & CR4_PCIDE and not tdp_enabled(vcpu.vm):
         roots_free(vcpu, ROOTS_ALL)
     if changed & CR4_PGE or changed & CR4_PCIDE and not value & CR4_PCIDE:
         request(vcpu, REQ_TLB_FLUSH_GUEST)

@@ -6,7 +6,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport Paging
 from kvmmmu.bits.spte cimport spte_present
 from kvmmmu.engine.atomics cimport ld_u32, ld_u64
-from kvmmmu.engine.guest cimport gpte_gfn, guest_host
+from kvmmmu.engine.guest cimport gpte_gfn, guest_host_atomic
 from kvmmmu.engine.leaf cimport leaf_install
 from kvmmmu.engine.lookup cimport vcpu_slot
 from kvmmmu.engine.pages cimport (
@@ -49,7 +49,7 @@ cdef inline uint64_t written_entry(Vcpu *vcpu, uint64_t *gpa, int *size) noexcep
         size[0] = 8
     if size[0] != 4 and size[0] != 8 or gpa[0] & <uint64_t>(size[0] - 1):
         return 0
-    host = guest_host(vcpu, gpa[0])
+    host = guest_host_atomic(vcpu, gpa[0])
     if host == NULL:
         return 0
     return ld_u64(<const uint64_t *>host) if size[0] == 8 else ld_u32(<const uint32_t *>host)

@@ -182,13 +182,13 @@ cdef inline int root_load(Vcpu *vcpu) noexcept nogil:
     cdef int error, i
     cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
     if not direct:
+        if not root_gfn_ok(vcpu, vcpu.guest.root >> 12):
+            return 0
         if role_level(<uint32_t>vcpu.cpu_role) == 3:
             for i in range(4):
                 if vcpu.regs.pdptr[i] & PT_PRESENT_MASK:
                     if not root_gfn_ok(vcpu, (vcpu.regs.pdptr[i] & PT_ADDR_MASK) >> 12):
                         return 0
-        elif not root_gfn_ok(vcpu, vcpu.guest.root >> 12):
-            return 0
     mmu_write_lock(vcpu.vm)
     error = 0
     if role_level(vcpu.root_role) < 4 and not pae_root_ready(vcpu):
@@ -277,7 +277,7 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
         return
     tlb_flush_gva(vcpu, gva)
     if vcpu.root_role & ROLE_DIRECT:
-        mmio_cache_clear_gva(vcpu, gva)
+        # Without paging nothing depends on the guest's tables, the record of the last MMIO page included.
         return
     invlpg_root(vcpu, vcpu.root.page, gva)
     for i in range(PREV_ROOTS):

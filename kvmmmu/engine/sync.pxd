@@ -6,7 +6,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gfn
 from kvmmmu.bits.paging cimport FMT_32, Paging
 from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_pfn, spte_present
-from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host
+from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host_atomic
 from kvmmmu.engine.leaf cimport leaf_make, leaf_mark_mmio
 from kvmmmu.engine.lookup cimport vcpu_slot, vm_slot
 from kvmmmu.engine.pages cimport (
@@ -90,7 +90,7 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
             continue
         if host == NULL:
             # The guest's entries stand in one page: its slot is looked for once.
-            host = guest_host(vcpu, page_gpte_gpa(sp, 0, vcpu.guest.format))
+            host = guest_host_atomic(vcpu, page_gpte_gpa(sp, 0, vcpu.guest.format))
             if host == NULL:
                 return -1
         flush |= sync_spte(vcpu, sp, base + <uint64_t>i, gpte_load(vcpu.guest.format, host + (i << size)))
@@ -218,7 +218,7 @@ cdef inline uint64_t sync_gva(Vcpu *vcpu, int32_t table, int level, uint64_t gva
                 elif spte:
                     return ALL_ONES
                 return page_gpte_gpa(sp, <int>(index & 511), vcpu.guest.format)
-            host = guest_host(vcpu, page_gpte_gpa(sp, <int>(index & 511), vcpu.guest.format))
+            host = guest_host_atomic(vcpu, page_gpte_gpa(sp, <int>(index & 511), vcpu.guest.format))
             if spte_zap(vm, index):
                 flush_remote_tlbs(vm)
             if host != NULL:

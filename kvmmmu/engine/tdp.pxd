@@ -427,10 +427,16 @@ cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_
         i += 1
     return any
 
-cdef inline uint64_t split_leaf(uint64_t huge, int level, int i) noexcept nogil:
+cdef inline uint64_t split_leaf(const Vm *vm, uint64_t huge, int level, int i) noexcept nogil:
     """One of the 512 smaller leaves that translate as a huge one did."""
     cdef uint64_t spte = huge + (<uint64_t>i << (12 + 9 * (level - 2)))
-    return spte & ~PT_PAGE_SIZE_MASK if level == LEVEL_2M else spte
+    if level != LEVEL_2M:
+        return spte
+    spte &= ~PT_PAGE_SIZE_MASK
+    if vm.switches.nx_huge_pages:
+        # Only huge pages are made non-executable against the iTLB multihit flaw.
+        spte = (spte & ~vm.masks.nx) | vm.masks.x
+    return spte
 
 cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t end) noexcept nogil:
     """Replace huge leaves of [first, end) by tables that translate the same, down to 4 KiB; no flush is owed."""
@@ -451,7 +457,7 @@ cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t
                 return
             while True:
                 for j in range(ENTRIES):
-                    spte_write(page_sptes(vm, child) + j, split_leaf(old, level, j))
+                    spte_write(page_sptes(vm, child) + j, split_leaf(vm, old, level, j))
                 if tdp_set(vm, base + <uint64_t>i, old,
                            spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled), &doomed):
                     break

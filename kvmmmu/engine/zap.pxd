@@ -188,7 +188,7 @@ cdef inline int64_t zap_oldest(Vm *vm, int vcpu_id, int64_t want) noexcept nogil
 
 cdef inline bint make_pages_available(Vm *vm, int vcpu_id) noexcept nogil:
     """Keep room for one fault: at least 5 pages free, else recycle until 25 are.  False: no room."""
-    cdef int64_t free = vm.max_pages - vm.used_pages
+    cdef int64_t free = vm.max_pages - vm.used_pages if vm.max_pages > vm.used_pages else 0
     if free >= 5:
         return True
     if vm.switches.era & ERA_ZAP_AT_ONCE:

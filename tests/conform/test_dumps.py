@@ -85,6 +85,14 @@ def test_a_page_mapped_behind_the_emulators_back_is_found(tmp_path):
     assert not dumps.check(rewrite(tmp_path, change, SLICES[0])).ok
 
 
+def test_tables_that_map_nothing_agree_with_nothing(tmp_path):
+    def change(columns):
+        columns["page_data"] = np.zeros_like(columns["page_data"])
+
+    report = dumps.check(rewrite(tmp_path, change, SLICES[0]))
+    assert not report.ok and report.agreed < report.total
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,6 +102,8 @@ def test_a_page_mapped_behind_the_emulators_back_is_found(tmp_path):
         (lambda c: c.update(page_gpa=c["page_gpa"] + np.uint64(8)), "multiple of 4096"),
         (lambda c: c["page_gpa"].__setitem__(1, c["page_gpa"][0]), "overlaps"),
         (lambda c: c.update(tlb_gpa=c["tlb_gpa"][1:]), "'tlb_gpa' has shape"),
+        (lambda c: c.pop("gva"), "'gva' is missing"),
+        (lambda c: c.pop("tlb_gva"), "'tlb_gva' is missing"),
         (lambda c: c.update(meta=np.array("{")), "'meta' is not JSON"),
         (lambda c: c.update(meta=np.array("[]")), "'meta' holds list"),
         (lambda c: c.update(meta=np.array('{"cr0": 1}')), "meta.cr3 is None"),

@@ -5,15 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmmmu.conform.golden import stubs
-from kvmmmu.conform.golden.arithmetic import compute
+from kvmmmu.conform.golden.arithmetic import CF, OF, SF, ZF, compute, condition
 from kvmmmu.conform.golden.exits import Exits
-from kvmmmu.conform.golden.instructions import (
+from kvmmmu.conform.golden.instructions import decode
+from kvmmmu.conform.golden.operands import (
     ARITHMETIC,
     Memory,
     Register,
     UndefinedInstruction,
     UnknownInstruction,
-    decode,
 )
 
 
@@ -113,17 +113,61 @@ def test_arithmetic_wraps_and_carries(name: str, size: int, dest: int, source: i
         "and": a & b,
         "xor": a ^ b,
     }[name]
-    value, out = compute(name, dest, source, size, carry)
+    value, flags = compute(name, dest, source, size, carry)
     assert value == (a if name == "cmp" else exact % modulus)
-    assert out == (exact != exact % modulus)
+    assert flags & CF == (exact != exact % modulus)
+    assert bool(flags & ZF) == (exact % modulus == 0)
+    assert bool(flags & SF) == (exact % modulus >= modulus // 2)
+    if name in ("add", "adc", "sub", "sbb", "cmp"):
+        half = modulus // 2
+        signed = [(n + half) % modulus - half for n in (a, b)]
+        true = signed[0] + signed[1] + (exact - a - b) if name[0] == "a" else signed[0] - signed[1] + (exact - a + b)
+        assert bool(flags & OF) == (not -half <= true < half)
 
 
 @given(value=st.integers(0, 255), carry=st.integers(0, 1))
 def test_nine_rotations_through_carry_give_a_byte_back(value: int, carry: int) -> None:
-    now, flag = value, carry
+    now, flags = value, carry
     for _ in range(9):
-        now, flag = compute("rcl", now, 1, 1, flag)
-    assert (now, flag) == (value, carry)
+        now, flags = compute("rcl", now, 1, 1, flags)
+    assert (now, flags & CF) == (value, carry)
+    assert compute("rcl", value, 9, 1, carry) == (value, carry)
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "true"), [(4, ZF, True), (5, ZF, False), (12, SF, True), (12, SF | OF, False), (6, CF, True)]
+)
+def test_conditions_follow_the_flags(number: int, flags: int, true: bool) -> None:
+    assert condition(number, flags) is true
+
+
+@pytest.mark.parametrize(
+    ("code", "long", "name", "length", "size"),
+    [
+        ("06", False, "push_segment", 1, 4),
+        ("63e0", False, "arpl", 2, 2),
+        ("63e0", True, "movsx", 2, 4),
+        ("f60001", False, "test", 3, 1),
+        ("f7d8", True, "neg", 2, 4),
+        ("26a810", False, "test", 3, 1),
+        ("66541a", True, "push", 2, 2),
+        ("0f85ffffffff", True, "branch", 6, 0),
+        ("c705000000000100000a", False, "mov", 10, 4),
+        ("6bc3f0", False, "imul2", 3, 4),
+        ("f0ff00", False, "inc", 3, 4),
+    ],
+)
+def test_integer_instructions_beyond_the_stubs_decode_to_their_end(
+    code: str, long: bool, name: str, length: int, size: int
+) -> None:
+    found = decode(bytes.fromhex(code) + bytes(8), long)
+    assert (found.name, found.length, found.size) == (name, length, size)
+
+
+@pytest.mark.parametrize("code", ["f08bc0", "f08900", "8dc0", "0f0b", "c6c800"])
+def test_what_is_no_instruction_is_refused_as_such(code: str) -> None:
+    with pytest.raises(UndefinedInstruction):
+        decode(bytes.fromhex(code) + bytes(8), False)
 
 
 def test_amd_intercepts_every_cr0_write_while_the_guest_runs_with_another_cr0() -> None:

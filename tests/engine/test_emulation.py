@@ -7,7 +7,7 @@ import pytest
 
 import kvmmmu as km
 from kvmmmu.errors import GuestFaultError, MmioUnhandledError
-from machine import DATA, FLAT, LONG, MMIO, MMUS, PAGING, USER, A, D, Machine, Mode, P, U
+from machine import DATA, FLAT, LONG, MMIO, MMUS, PAGING, USER, A, D, Machine, Mode, P, U, W
 
 OK, IO, PF, ERROR = km.Outcome.OK, km.Outcome.MMIO, km.Outcome.PF, km.Outcome.INTERNAL_ERROR
 modes = pytest.mark.parametrize("mode", PAGING, ids=lambda mode: mode.name)
@@ -156,3 +156,15 @@ def test_in_32_bit_code_the_end_of_4_gib_is_followed_by_0(mmu: str) -> None:
     assert (result.outcome, m.ram[0]) == (OK, 2)
     m.vm.memslots.delete(m.slot)
     assert m.access(0xFFFF_FFFF, "r", size=2).mmio == ((0, 1),)
+
+
+def test_what_kvm_cannot_fetch_is_tried_again_where_the_first_fault_left_no_record() -> None:
+    m = Machine("shadow", LONG)
+    m.map(0, MMIO, USER & ~W)
+    # gva 0 is never remembered; the write that KVM assumes is refused, which it leaves to the processor to find out.
+    again = m.vcpu.execute("fetch", 0, code_gva=0).result
+    assert (again.outcome, again.exits) == (ERROR, 2)
+    other = Machine("shadow", LONG)
+    other.map(0, MMIO)
+    once = other.vcpu.execute("fetch", 0, code_gva=0).result
+    assert (once.outcome, once.exits) == (ERROR, 1)

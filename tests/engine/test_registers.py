@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import kvmmmu as km
+from kvmmmu.check import Snapshot
 from kvmmmu.errors import ArgumentError, GuestFaultError
 from machine import (
     DATA,
@@ -313,3 +315,46 @@ def test_numbers_out_of_range_are_named(name: str, value: int) -> None:
     with pytest.raises(OverflowError, match=name):
         m.vcpu.set_sregs(**{name: value})
     assert m.vcpu.regs == regs
+
+
+def roots_asked_for(m: Machine) -> int:
+    """Shadow pages looked up by an access from here on."""
+    m.vm.events.enable()
+    m.access(m.mode.user)
+    return m.vm.events.text().count("kvm_mmu_get_page")
+
+
+@pytest.mark.parametrize("mmu", ["ept", "npt"])
+def test_under_tdp_a_change_of_wp_alone_keeps_the_root_and_with_another_bit_drops_it(mmu: str) -> None:
+    m = ready(mmu=mmu, tdp_mmu=False)
+    m.vcpu.mov_cr0(m.mode.cr0 & ~WP)
+    assert roots_asked_for(m) == 0
+    m.vcpu.mov_cr0(m.mode.cr0 | 1 << 5)
+    assert roots_asked_for(m) == 1
+
+
+@pytest.mark.parametrize(("mmu", "asked"), [("shadow", 1), ("ept", 0), ("npt", 0)])
+def test_switching_pcids_on_drops_the_roots_of_shadow_paging_only(mmu: str, asked: int) -> None:
+    m = ready(mmu=mmu, tdp_mmu=False)
+    m.vcpu.mov_cr4(m.mode.cr4 | PCIDE)
+    assert roots_asked_for(m) == asked
+
+
+def test_a_pae_root_needs_a_slot_for_its_pdptes_and_not_only_for_what_they_name() -> None:
+    m = Machine("shadow", PAE3)
+    table = np.zeros(4096, np.uint8)
+    table[:32] = m.ram[m.cr3 : m.cr3 + 32]
+    slot = m.vm.memslots.create(gpa=0x2000_0000, memory=table)
+    m.map(m.mode.user, DATA)
+    m.load_cr3(0x2000_0000)
+    assert m.access(m.mode.user).outcome is OK
+    m.vm.memslots.delete(slot)
+    assert m.access(m.mode.user).outcome is km.Outcome.SHUTDOWN
+
+
+def test_invlpg_without_paging_leaves_the_record_of_the_last_mmio_page() -> None:
+    m = Machine("shadow", FLAT)
+    m.access(0x1000_0000)
+    before = Snapshot(m.vm._core.snapshot()).vcpus[0].mmio_gva
+    m.invlpg(0x1000_0000)
+    assert Snapshot(m.vm._core.snapshot()).vcpus[0].mmio_gva == before == 0x1000_0000

@@ -305,3 +305,13 @@ def test_paging_can_be_switched_on_and_off_over_the_same_memory() -> None:
         m.vcpu.set_sregs(cr0=m.mode.cr0 & ~PG, efer=m.mode.efer & ~0x400)
         assert m.access(m.mode.user).gpa == m.mode.user
         m.start()
+
+
+def test_a_4_mib_page_is_mapped_by_2_mib_where_its_half_holds_none_of_the_tables_in_use() -> None:
+    m = Machine("shadow", P32, page_size="2M")
+    gva = 0x0080_0000
+    m.map(gva, 0, level=2)  # tables begin at 1 MiB: the lower half of the page holds them
+    assert m.access(gva + 0x30_0000, "w").gpa == 0x30_0000
+    assert m.vm.stats["pages_2m"] == 1
+    assert m.access(gva + 0x10_0000, "w").gpa == 0x10_0000
+    assert m.vm.stats["pages_2m"] == 1

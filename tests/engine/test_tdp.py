@@ -340,3 +340,14 @@ def test_with_the_mitigation_huge_pages_are_not_executable_and_a_fetch_splits_th
     m.access(DATA + 0x5000)  # a data fault inside stays small
     assert leaves(m)[1] == 0
     m.vm.check()
+
+
+@pytest.mark.parametrize("mmu", ["ept", "npt"])
+def test_pages_split_for_the_dirty_log_may_be_executed_again(mmu: str) -> None:
+    m = flat(mmu, True, page_size="2M", nx_huge_pages=True)
+    m.access(DATA)
+    m.vm.memslots.set_region(0, memory=m.ram, flags=1)
+    assert leaves(m) == [512, 0, 0]
+    count = m.count("pf_taken")
+    assert m.access(DATA + 0x1000, "x").outcome is OK
+    assert count.grown() == {}

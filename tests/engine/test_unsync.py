@@ -331,3 +331,16 @@ def test_bit_63_of_cr3_is_never_stored() -> None:
     m, other = with_pcid()
     m.load_cr3(other | 2 | NOFLUSH)
     assert m.vcpu.regs.cr3 == other | 2
+
+
+def test_an_unsync_table_whose_page_the_host_took_away_cannot_be_synchronised_and_is_zapped() -> None:
+    m = Machine("shadow", LONG)
+    gva = m.mode.user
+    where = m.map(gva, DATA)
+    m.access(gva)
+    m.set_entry(gva, DATA + 0x1000 | USER)
+    count = m.count("mmu_shadow_zapped")
+    m.vm.host_dontneed(m.slot, first_page=where >> 12, npages=1)
+    m.load_cr3(m.cr3)
+    assert m.access(gva).outcome is km.Outcome.PF
+    assert count["mmu_shadow_zapped"] == 1

@@ -30,6 +30,7 @@ ARTEFACTS: Final = MappingProxyType(
         "frames_unnamed": "a writable leaf recorded as the zero page is a frame that the recorder could not name",
         "rmw_reads_first": "a read-modify-write faults as a read, and again for its store",
         "rmw_as_write": "a read-modify-write reports a write alone in the exit qualification",
+        "segments_unchecked": "a store through CS is not refused",
         "pdpte_accessed": "the processor sets bit 5 of PDPTEs it reads, so that KVM refuses to load the guest's later",
         "pdpte_unchecked": "MOV CR3 does not check PDPTEs; each walk reads them from memory",
     }
@@ -128,7 +129,7 @@ def configure(setup: Setup, where: str) -> Configuration:
 def _artefacts(amd: bool, tdp: bool, ept_ad: bool) -> frozenset[str]:
     names = {"empty_tlb"}
     if amd:
-        names |= {"rsvd_alone", "rmw_reads_first", "pdpte_accessed"}
+        names |= {"rsvd_alone", "rmw_reads_first", "pdpte_accessed", "segments_unchecked"}
         if tdp:
             names |= {"pdpte_unchecked", "ad_first"}
     elif tdp:

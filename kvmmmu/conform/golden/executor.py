@@ -8,7 +8,7 @@ from typing import Final, NoReturn
 from kvmmmu.conform.golden import stubs
 from kvmmmu.conform.golden.arithmetic import compute
 from kvmmmu.conform.golden.host import Host
-from kvmmmu.conform.golden.instructions import (
+from kvmmmu.conform.golden.operands import (
     ARITHMETIC,
     SHIFTS,
     Instruction,
@@ -23,7 +23,8 @@ __all__ = ["PAGE", "Executor"]
 PAGE: Final = 4096
 GP: Final = 13
 _KVM_EXIT_HLT: Final = 5
-_ARITHMETIC: Final = frozenset(ARITHMETIC + SHIFTS)
+_ARITHMETIC: Final = frozenset((*ARITHMETIC, *SHIFTS, "inc", "dec", "not", "neg", "test"))
+_READS: Final = frozenset({"cmp", "test"})
 
 
 class Executor(ABC):
@@ -45,7 +46,7 @@ class Executor(ABC):
         self.cpl = 0
         self.registers: dict[str, int] = {}
         self.rip = 0
-        self.carry = 0
+        self.flags = 2
         # The stub reports what its first load gave, too.
         self.extra = False
         self.fault: dict[str, str] = {}
@@ -58,9 +59,14 @@ class Executor(ABC):
     def check(self, done: Done) -> None:
         """Turn anything but success into its end."""
 
+    def code_written(self) -> None:
+        """An instruction stores through CS, which the processor refuses (SDM vol. 3A section 6.15, #GP)."""
+        if "segments_unchecked" not in self.processor.artefacts:
+            self.raise_fault(GP, 0)
+
     @abstractmethod
     def raise_fault(self, vector: int, error: int | None = None, gva: int | None = None) -> NoReturn:
-        """Deliver an exception and run its handler to the end."""
+        """Deliver an exception; its handler is next."""
 
     @abstractmethod
     def end(self, outcome: str, **fields: str) -> NoReturn:
@@ -83,6 +89,8 @@ class Executor(ABC):
 
     def address(self, operand: Memory, instruction: Instruction) -> int:
         """The effective address of a memory operand."""
+        if operand.code and instruction.dest is operand and instruction.name not in _READS:
+            self.code_written()
         at = operand.displacement
         if operand.relative:
             at += self.rip + instruction.length
@@ -155,10 +163,10 @@ class Executor(ABC):
     def arithmetic(self, instruction: Instruction) -> None:
         """One of the eight operations, or a shift."""
         name, size, dest = instruction.name, instruction.size, instruction.dest
-        source = self.load(instruction.source, size, instruction)
-        if name == "cmp" or not isinstance(dest, Memory):
-            value, self.carry = compute(name, self.load(dest, size, instruction), source, size, self.carry)
-            if isinstance(dest, Register):
+        source = 0 if instruction.source is None else self.load(instruction.source, size, instruction)
+        if name in _READS or not isinstance(dest, Memory):
+            value, self.flags = compute(name, self.load(dest, size, instruction), source, size, self.flags)
+            if isinstance(dest, Register) and name not in _READS:
                 self.put(dest, size, value)
             self.next(instruction)
             return
@@ -166,21 +174,30 @@ class Executor(ABC):
         gpa = self.cached(self.written, gva, size)
         if gpa is not None:
             old = int.from_bytes(self.host.read(gpa, size), "little")
-            value, self.carry = compute(name, old, source, size, self.carry)
+            value, self.flags = compute(name, old, source, size, self.flags)
             if value != old:
                 self.host.store(gpa, value.to_bytes(size, "little"))
         elif name == "add":
-            self.access("add", gva, size, instruction, value=source)
+            done = self.access("add", gva, size, instruction, value=source)
+            if done.gpa is not None and gva % PAGE + size <= PAGE:
+                left = int.from_bytes(self.host.read(done.gpa, size), "little")
+                _, self.flags = compute(name, left - source, source, size, self.flags)
         else:
-            # The model knows additions: add nothing for what the access causes, then store the result.
-            done = self.access("add", gva, size, instruction)
-            if done.mmio or done.gpa is None:
-                raise UnknownInstruction(f"{name} of a device register")
-            old = int.from_bytes(self.host.read(done.gpa, size), "little")
-            value, self.carry = compute(name, old, source, size, self.carry)
+            old = self.modify(gva, size, instruction)
+            value, self.flags = compute(name, old, source, size, self.flags)
             if value != old:
                 self.access("w", gva, size, instruction, value=value)
         self.next(instruction)
+
+    def modify(self, gva: int, size: int, instruction: Instruction) -> int:
+        """The value of a memory operand that is about to be stored to.
+
+        The model knows additions: nothing is added, for what the access causes.
+        """
+        done = self.access("add", gva, size, instruction)
+        if done.mmio or done.gpa is None or gva % PAGE + size > PAGE:
+            raise UnknownInstruction(f"{instruction.name} of a device register or across pages")
+        return int.from_bytes(self.host.read(done.gpa, size), "little")
 
     def _cmpxchg(self, instruction: Instruction) -> None:
         assert isinstance(instruction.dest, Memory)

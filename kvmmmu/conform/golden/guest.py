@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NoReturn
 
 from kvmmmu.conform.golden import stubs
-from kvmmmu.conform.golden.executor import GP, PAGE, Executor
+from kvmmmu.conform.golden.executor import GP, PAGE
 from kvmmmu.conform.golden.host import Host
-from kvmmmu.conform.golden.instructions import (
-    MAX_LENGTH,
-    Instruction,
-    UndefinedInstruction,
-    UnknownInstruction,
-    decode,
-)
+from kvmmmu.conform.golden.instructions import decode
+from kvmmmu.conform.golden.more import IntegerExecutor
+from kvmmmu.conform.golden.operands import MAX_LENGTH, Instruction, UndefinedInstruction, UnknownInstruction
 from kvmmmu.conform.golden.processor import Done, Processor
 from kvmmmu.golden import Script
 from kvmmmu.outcome import Outcome
@@ -28,15 +25,21 @@ _KVM_EXIT_SHUTDOWN = 8
 _EMULATION, _DELIVERY = 1, 3
 # Beyond a triple fault there is nothing: more deliveries than these make no progress.
 _MAX_DELIVERIES = 64
+# A handler that faults uses up a page of stack in fewer exceptions than these.
+_MAX_EXCEPTIONS = 128
 # An operation is a few instructions; one that runs on through zeros is still finite.
-_MAX_STEPS = 1 << 20
+_MAX_STEPS = 1 << 17
 
 
 class _End(Exception):
     """The operation is over."""
 
 
-class Guest(Executor):
+class _Delivered(Exception):
+    """An exception's handler is what runs next."""
+
+
+class Guest(IntegerExecutor):
     """The one vCPU of a script.
 
     Parameters
@@ -56,6 +59,8 @@ class Guest(Executor):
         self.pending: int | None = None
         self.delivering: int | None = None
         self.out: Outcomes = []
+        # Of the operation so far.
+        self.exceptions = 0
 
     # -- one operation
 
@@ -74,7 +79,8 @@ class Guest(Executor):
         self.start = self.rip = base + stubs.stub_at(stub)
         self.extra = stub in ("rwr", "rwir")
         self.out = []
-        self.carry = 0
+        self.exceptions = 0
+        self.flags = 2
         self.flush()
         try:
             if self.pending is not None:
@@ -82,7 +88,8 @@ class Guest(Executor):
                 self.fault = {"exc": str(vector), "ip": "stub+0"}
                 self.deliver(vector)
             for _ in range(_MAX_STEPS):
-                self.step()
+                with suppress(_Delivered):
+                    self.step()
             self.out.append(("hang", {}))
         except _End:
             pass
@@ -160,7 +167,10 @@ class Guest(Executor):
     # -- exceptions
 
     def raise_fault(self, vector: int, error: int | None = None, gva: int | None = None) -> NoReturn:
-        """Deliver an exception and run its handler to the end."""
+        """Deliver an exception; its handler is next."""
+        self.exceptions += 1
+        if self.exceptions > _MAX_EXCEPTIONS:
+            self.end("hang")
         offset = self.rip - self.start
         where = f"stub+{offset:x}" if 0 <= offset < stubs.STUB_SIZE else f"{self.rip:x}"
         self.fault = {"exc": str(vector), "ip": where}
@@ -169,9 +179,7 @@ class Guest(Executor):
         if gva is not None:
             self.fault["cr2"] = f"{gva:x}"
         self.deliver(vector)
-        for _ in range(_MAX_STEPS):
-            self.step()
-        self.end("hang")
+        raise _Delivered
 
     def deliver(self, vector: int) -> None:
         """The processor's own accesses: IDT, GDT, TSS, and the frame on the stack (SDM vol. 3A section 6.14)."""

@@ -74,6 +74,12 @@ class PdpteQuirks:
             yield
 
     @contextmanager
+    def kept(self) -> Iterator[None]:
+        """KVM goes on with the entries it has, whatever stands in memory."""
+        with self._replaced(self._table(self.vcpu.regs.cr3), self.vcpu.regs.pdptes):
+            yield
+
+    @contextmanager
     def stale(self, cr3: int) -> Iterator[None]:
         """The same for a CR3 that is about to be loaded.
 

@@ -144,8 +144,13 @@ class Processor:
         self, *, cr0: int | None = None, cr3: int | None = None, cr4: int | None = None, efer: int | None = None
     ) -> None:
         """KVM_SET_SREGS with these values, or with those it has."""
-        with self._pdptes.unseen():
-            self.vcpu.set_sregs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
+        try:
+            with self._pdptes.unseen():
+                self.vcpu.set_sregs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
+        except GuestFaultError:
+            # The ioctl does not report PDPTEs that cannot be loaded: the old ones stay, the rest happens.
+            with self._pdptes.kept():
+                self.vcpu.set_sregs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
 
     def mode(self, cpl: int, ac: bool) -> None:
         """The privilege level and RFLAGS.AC from now on."""
