@@ -5,7 +5,6 @@ Gathers are slow on processors whose microcode serialises them (Gather Data Samp
 """
 
 from libc.stdint cimport uint8_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport DIALECT_SDM, CpuModel, CpuRegs, Paging, paging_init
@@ -68,13 +67,8 @@ cdef inline bint trial_gather_wins(Trial *t) noexcept nogil:
 
 cdef inline int batch_kernel() noexcept nogil:
     """BATCH_GATHER or BATCH_RING."""
-    cdef Trial *trial
-    cdef bint wins
+    cdef Trial trial
     if not gather_here():
         return BATCH_RING
-    trial = <Trial *>calloc(1, sizeof(Trial))
-    if trial == NULL:
-        return BATCH_RING
-    wins = trial_gather_wins(trial)
-    free(trial)
-    return BATCH_GATHER if wins else BATCH_RING
+    memset(&trial, 0, sizeof(Trial))
+    return BATCH_GATHER if trial_gather_wins(&trial) else BATCH_RING
