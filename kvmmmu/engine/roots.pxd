@@ -103,7 +103,9 @@ cdef inline void roots_free_obsolete(Vcpu *vcpu) noexcept nogil:
 cdef inline void context_reset(Vcpu *vcpu) noexcept nogil:
     """The paging mode changed: no root of the old one may be used."""
     roots_free(vcpu, ROOTS_ALL)
-    mmio_cache_clear_all(vcpu)
+    # (Linux 3.1 forgets the record when a paging guest gets its new root, and without paging not at all.)
+    if not vcpu.vm.switches.era & ERA_ONE_ROOT:
+        mmio_cache_clear_all(vcpu)
     roles_refresh(vcpu)
 
 # ---- building -----------------------------------------------------------------
@@ -277,7 +279,9 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
         return
     tlb_flush_gva(vcpu, gva)
     if vcpu.root_role & ROLE_DIRECT:
-        mmio_cache_clear_gva(vcpu, gva)
+        # (Linux 3.1 has nothing to do without paging, and does not touch the record either.)
+        if not vcpu.vm.switches.era & ERA_INVLPG_REWRITES:
+            mmio_cache_clear_gva(vcpu, gva)
         return
     invlpg_root(vcpu, vcpu.root.page, gva)
     for i in range(PREV_ROOTS):
