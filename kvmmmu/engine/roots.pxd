@@ -103,7 +103,9 @@ cdef inline void roots_free_obsolete(Vcpu *vcpu) noexcept nogil:
 cdef inline void context_reset(Vcpu *vcpu) noexcept nogil:
     """The paging mode changed: no root of the old one may be used."""
     roots_free(vcpu, ROOTS_ALL)
-    mmio_cache_clear_all(vcpu)
+    # (Linux 3.1 forgets the record when a paging guest gets its new root, and without paging not at all.)
+    if not vcpu.vm.switches.era & ERA_ONE_ROOT:
+        mmio_cache_clear_all(vcpu)
     roles_refresh(vcpu)
 
 # ---- building -----------------------------------------------------------------

@@ -124,7 +124,9 @@ def compare(
         tree = machine.tree() if expected.tree is not None and trees else ()
         if index == len(events) - 1:
             lines += machine.close()
-        recorded = events[index].lines
+        recorded: Sequence[str] = events[index].lines
+        if configuration.era == "3.1":
+            recorded, lines = linux31.lines(recorded), linux31.lines(lines)
         for part in parts:
             if part[0] == "3" and expected.tree is None:
                 continue
@@ -174,7 +176,7 @@ def knowable(configuration: Configuration, script: Script, result: Result) -> in
         if done.out[-1:] == (("hang", {}),) and cr4 & TABLE["CR4_SMEP"]:
             return op.index
         if op.name == "cr0" and script.long and not op["value"] & TABLE["CR0_PG"] and done.out[-1][0] == "ok":
-            return op.index + 1
+            return op.index
     return len(result.ops)
 
 
