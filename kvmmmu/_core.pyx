@@ -1076,7 +1076,12 @@ cdef class VmCore(VmHandle):
         cdef int runs
         if self.closed:
             return
-        self.lock_slots()
+        with nogil:
+            slots_lock(self.vm)
+        if self.closed:
+            # By another thread, meanwhile.
+            slots_unlock(self.vm)
+            return
         runs = vm_close_begin(self.vm)
         if runs >= 0:
             slots_unlock(self.vm)

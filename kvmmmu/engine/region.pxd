@@ -42,9 +42,10 @@ cdef struct Held:
 cdef inline void region_flush_shadow(Vm *vm) noexcept nogil:
     """Every translation made so far goes; vCPUs drop their roots at their next entry."""
     mmu_write_lock(vm)
-    zap_all_fast(vm)
+    # Before vCPUs are asked to look: they do so without the lock, and once.
     if vm.switches.tdp_mmu:
         tdp_invalidate_roots(vm)
+    zap_all_fast(vm)
     mmu_write_unlock(vm)
     if vm.switches.tdp_mmu:
         tdp_zap_invalid_roots(vm)

@@ -8,7 +8,7 @@ from kvmmmu.bits.spte cimport spte_is_last, spte_make_nonleaf, spte_pfn, spte_pr
 from kvmmmu.engine.atomics cimport fetch_add_u64, st_u32
 from kvmmmu.engine.events cimport ev_get_page, ev_spte_requested
 from kvmmmu.engine.guest cimport gpte_changed
-from kvmmmu.engine.hooks cimport POINT_LINK, POINT_LINKED, POINT_UNLINKED, hook
+from kvmmmu.engine.hooks cimport MUTANT_LINK_EARLY, POINT_LINK, POINT_LINKED, POINT_UNLINKED, hook, mutant
 from kvmmmu.engine.leaf cimport (
     RET_PF_CONTINUE, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_install,
 )
@@ -123,6 +123,9 @@ cdef inline void page_link(Vcpu *vcpu, uint64_t index, int32_t child) noexcept n
         hook(vcpu, POINT_UNLINKED)
         flush_remote_tlbs(vm)
     hook(vcpu, POINT_LINK)
+    if mutant(vm, MUTANT_LINK_EARLY):
+        page_sptes(vm, child)[0] = ALL_ONES
+        page_sptes(vm, child)[level_index(sp.gfn << 12, role_level(sp.role))] = ALL_ONES
     spte_write(sptep, spte_make_nonleaf(&vm.masks, <uint64_t>child, (sp.role & ROLE_AD_DISABLED) != 0))
     hook(vcpu, POINT_LINKED)
     pte_list_add(vm, &sp.parents, index)

@@ -463,6 +463,7 @@ cdef struct Vcpu:
     Tlb *tlb              # NULL: the processor caches nothing
     int32_t free_pages[8]  # taken from the arena before mmu_lock
     int n_free_pages
+    uint32_t lonely_exits  # of the present access, in a row, with nobody else at work in the VM
     Walk walk             # the last guest walk (KVM's or the processor's)
     Walk nested           # the last walk of the second dimension, or of shadow tables
 

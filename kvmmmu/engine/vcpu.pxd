@@ -30,6 +30,7 @@ from kvmmmu.engine.zap cimport unprotect_gfn
 
 cdef enum:
     MAX_EXITS = 64   # of one access; real progress needs far fewer
+    FEW_EXITS = 8    # so many need no look at who else is there
 
 
 cdef inline uint64_t ept_error_code(uint64_t qualification) noexcept nogil:
@@ -138,6 +139,7 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     """KVM's handler for what the processor reported; the result of ``page_fault``, or EXIT_DELIVERY_EV."""
     cdef uint64_t address = gva, code = vcpu.nested.error_code
     guest_leave(vcpu)
+    hook(vcpu, POINT_EXIT)
     if fault == FAULT_PF or fault == FAULT_NPF:
         code = reported_code(vcpu, code)
     if fault != FAULT_PF:
@@ -182,14 +184,22 @@ cdef inline bint exit_ends(Vcpu *vcpu, int result, uint64_t gva, Access *out) no
         out.outcome = OUTCOME_ERROR
         out.error_code = <uint64_t>(-result)
         return True
-    if out.exits >= MAX_EXITS and result != RET_PF_EMULATE:
-        # Another thread may undo what the handler did, or hold it up: then only give it time.
-        if out.exits < MAX_EXITS << 10 and vm_others(vcpu):
-            cpu_pause(out.exits)
-            return False
+    if out.exits > FEW_EXITS and no_progress(vcpu, out.exits) and result != RET_PF_EMULATE:
         out.outcome = OUTCOME_HANG
         return True
     return False
+
+
+cdef inline bint no_progress(Vcpu *vcpu, uint32_t exits) noexcept nogil:
+    """So many exits, and nobody else who could have undone what the handler did, or held it up."""
+    if exits == FEW_EXITS + 1:
+        vcpu.lonely_exits = 0
+    if vm_others(vcpu):
+        vcpu.lonely_exits = 0
+        cpu_pause(exits)
+    else:
+        vcpu.lonely_exits += 1
+    return exits >= MAX_EXITS and (vcpu.lonely_exits >= MAX_EXITS - FEW_EXITS or exits >= MAX_EXITS << 10)
 
 
 cdef inline bint vm_others(const Vcpu *vcpu) noexcept nogil:
@@ -310,7 +320,6 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
             return
         out.exits += 1
         out.path = PATH_FAULT
-        hook(vcpu, POINT_EXIT)
         result = handle_exit(vcpu, fault, here, &known_gpa)
         if exit_ends(vcpu, result, here, out):
             return

@@ -10,6 +10,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
 from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.hooks cimport POINT_BITS_SET, hook
 from kvmmmu.engine.memory cimport memmap_find, memmap_host
 from kvmmmu.engine.state cimport MemMap
 
@@ -37,6 +38,7 @@ cdef inline bint walk_update(int fmt, const MemMap *m, uint64_t gpa, int *hint, 
     cdef uint8_t *host = memmap_host(m, gpa, hint, &writable)
     if host == NULL or not writable:
         return True
+    hook(NULL, POINT_BITS_SET)
     if fmt == FMT_32:
         return kvmmmu_cmpxchg_u32(<uint32_t *>host, <uint32_t>old, <uint32_t>(old | missing))
     return kvmmmu_cmpxchg_u64(<uint64_t *>host, old, old | missing)

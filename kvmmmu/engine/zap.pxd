@@ -6,7 +6,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
 from kvmmmu.engine.atomics cimport fetch_add_u64, st_u8
 from kvmmmu.engine.events cimport ev_prepare_zap_page, ev_sync_page, ev_zap_all_fast
-from kvmmmu.engine.hooks cimport POINT_FLUSHED, POINT_FREED, POINT_UNLINKED, hook
+from kvmmmu.engine.hooks cimport POINT_FLUSHED, POINT_FREED, POINT_ROOTS_REQUESTED, POINT_UNLINKED, hook
 from kvmmmu.engine.locks cimport request_all
 from kvmmmu.engine.pages cimport (
     gfn_first_page, gfn_next_page, hash_del, list_add_head, list_add_tail, list_del, page_at, page_free,
@@ -116,6 +116,8 @@ cdef inline int64_t zap_prepare(Vm *vm, int vcpu_id, int32_t id, PageList *inval
         # Still the root of a vCPU: out of sight, alive until that root is dropped.
         if sp.on_list == LIST_ACTIVE:
             list_del(vm, &vm.active, id)
+        # Before the request: who serves it looks at the role without a lock.
+        page_invalidate(sp)
         if not was_obsolete:
             request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
     page_invalidate(sp)
@@ -222,6 +224,7 @@ cdef inline void zap_all_fast(Vm *vm) noexcept nogil:
     ev_zap_all_fast(vm, vm.valid_gen, <uint64_t>vm.used_pages)
     st_u8(&vm.valid_gen, vm.valid_gen ^ 1)
     request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
+    hook(vm, POINT_ROOTS_REQUESTED)
     zap_obsolete(vm, -1)
 
 

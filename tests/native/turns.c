@@ -178,13 +178,13 @@ int turns_met(int id, int point)
 void turns_without(int point)
 {
     absent[point] = 1;
-    patience = 2;
+    patience = 1;
 }
 
 void turns_plant(int mutant)
 {
     planted[mutant] = 1;
-    patience = 2;
+    patience = 1;
 }
 
 const char *turns_point_name(int point)

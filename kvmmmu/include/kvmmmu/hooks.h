@@ -43,6 +43,8 @@ enum {
     KVMMMU_POINT_SLOT_INVALID,   /* the slot is INVALID for all, nothing was zapped */
     KVMMMU_POINT_SLOT_ZAPPED,    /* everything was zapped, the slot is still INVALID */
     KVMMMU_POINT_NOTIFIER,       /* leaves of a host range are gone, the lock is held */
+    KVMMMU_POINT_ROOTS_REQUESTED, /* vCPUs are asked to drop obsolete roots, the lock is held */
+    KVMMMU_POINT_BITS_SET,       /* a walk is about to set A or D in an entry it read */
     KVMMMU_POINTS
 };
 
