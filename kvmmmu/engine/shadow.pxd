@@ -343,8 +343,7 @@ cdef inline int direct_map(Vcpu *vcpu, Fault *f) noexcept nogil:
         if child < 0:
             child = -child
             page_link(vcpu, index, child)
-            # Not for a guest without paging: its pages are not the second dimension's.
-            if vm.mmu and f.huge_page_disallowed and f.req_level >= level:
+            if f.huge_page_disallowed and f.req_level >= level:
                 nx_disallow(vm, child)
         table = child
         level -= 1
