@@ -209,7 +209,14 @@ class Export:
 @disjoint_base
 class VmCore(VmHandle):
     def __new__(
-        cls, mmu: int, host: tuple[int, ...], mmio_scheme: int, tdp_mmu: bool, nx_huge_pages: bool
+        cls,
+        mmu: int,
+        host: tuple[int, ...],
+        mmio_scheme: int,
+        tdp_mmu: bool,
+        nx_huge_pages: bool,
+        eager_split: bool = True,
+        era: int = 0,
     ) -> VmCore: ...
     def close(self) -> None: ...
     @property

@@ -63,6 +63,24 @@ def constants():
         "ROLE_EXT_LMA": ROLE_EXT_LMA, "MEM_LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES, "MEM_READONLY": MEM_READONLY,
         "MEMSLOT_INVALID": MEMSLOT_INVALID, "BIT51": BIT51, "GFN_HASH_MULTIPLIER": GFN_HASH_MULTIPLIER,
         "ONE": ONE, "ALL_ONES": ALL_ONES, "APIC_DEFAULT_GFN": APIC_DEFAULT_GFN,
+        "ERA_MMIO_WIDE": ERA_MMIO_WIDE, "ERA_MMIO_CONSTANT": ERA_MMIO_CONSTANT,
+        "ERA_MMIO_MISS_FAULTS": ERA_MMIO_MISS_FAULTS, "ERA_MMIO_BUG_OTHER": ERA_MMIO_BUG_OTHER,
+        "ERA_MMIO_BUG_PRESENT": ERA_MMIO_BUG_PRESENT, "ERA_MMIO_SURVIVES": ERA_MMIO_SURVIVES,
+        "ERA_CACHE_SIMPLE": ERA_CACHE_SIMPLE, "ERA_ENTRY_INSTALLS": ERA_ENTRY_INSTALLS,
+        "ERA_INVLPG_REWRITES": ERA_INVLPG_REWRITES, "ERA_SYNC_EMPTY_ZAPS": ERA_SYNC_EMPTY_ZAPS,
+        "ERA_ACCESSED_EARLY": ERA_ACCESSED_EARLY, "ERA_PATH_ACCESS": ERA_PATH_ACCESS,
+        "ERA_PROTECT_LATE": ERA_PROTECT_LATE, "ERA_PROTECT_DROPS_LARGE": ERA_PROTECT_DROPS_LARGE,
+        "ERA_PREFETCH_UNSYNC": ERA_PREFETCH_UNSYNC, "ERA_LOOKUP_SYNCS": ERA_LOOKUP_SYNCS,
+        "ERA_FLOOD_BY_VCPU": ERA_FLOOD_BY_VCPU, "ERA_DIRTY_BY_CPU": ERA_DIRTY_BY_CPU,
+        "ERA_LOG_WHOLE_SLOT": ERA_LOG_WHOLE_SLOT, "ERA_ZAP_AT_ONCE": ERA_ZAP_AT_ONCE,
+        "ERA_NX_BY_GUEST": ERA_NX_BY_GUEST, "ERA_ONE_ROOT": ERA_ONE_ROOT, "ERA_CR3_NEEDS_SLOT": ERA_CR3_NEEDS_SLOT,
+        "ERA_CR4_STRICT": ERA_CR4_STRICT, "ERA_NO_RETRY": ERA_NO_RETRY, "ERA_NO_SHORTCUT": ERA_NO_SHORTCUT,
+        "ERA_MMIO_WHOLE": ERA_MMIO_WHOLE, "ERA_FAULT_KEEPS": ERA_FAULT_KEEPS,
+        "ERA_RMW_FAULT_READS": ERA_RMW_FAULT_READS, "ERA_NO_FAST_FAULT": ERA_NO_FAST_FAULT,
+        "ERA_ROLE_PLAIN": ERA_ROLE_PLAIN, "ERA_COUNT_OLD": ERA_COUNT_OLD, "ERA_PREFETCH_SKIPS": ERA_PREFETCH_SKIPS,
+        "ERA_PREFETCH_NO_TAIL": ERA_PREFETCH_NO_TAIL, "ERA_FETCH_FAULT_FAILS": ERA_FETCH_FAULT_FAILS,
+        "ERA_PDPTES_FRESH": ERA_PDPTES_FRESH, "ERA_WP0_UNLOGGED": ERA_WP0_UNLOGGED, "ERA_PDPTE_LAX": ERA_PDPTE_LAX,
+        "ERA_CR0_LAX": ERA_CR0_LAX,
         "ACC_X": ACC_X, "ACC_W": ACC_W, "ACC_U": ACC_U, "ACC_ALL": ACC_ALL,
     }
 
@@ -926,12 +944,13 @@ PATHS = tuple(Path)
 VM_STATS_ORDER = (
     "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled", "mmu_cache_miss",
     "mmu_unsync", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits", "max_mmu_rmap_size",
-    "max_mmu_page_hash_collisions", "remote_tlb_flush", "remote_tlb_flush_requests",
+    "max_mmu_page_hash_collisions", "remote_tlb_flush", "remote_tlb_flush_requests", "mmu_pte_updated",
 )
 VCPU_STATS_ORDER = (
     "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest", "tlb_flush",
     "invlpg", "mmio_exits", "insn_emulation", "insn_emulation_fail", "mmio_cache_hit", "mmio_spte_hit", "mmio_slow",
-    "slot_search", "guest_walk", "tlb_hit", "tlb_miss", "tlb_nested_hit", "tlb_nested_miss", "walk_cache_hit",
+    "slot_search", "guest_walk", "mmio_refill", "tlb_hit", "tlb_miss", "tlb_nested_hit", "tlb_nested_miss",
+    "walk_cache_hit",
     *[f"walk_refs_l{level}" for level in range(1, 6)], *[f"nested_walk_refs_l{level}" for level in range(1, 6)],
 )
 # By number: the tracepoint of EV_*.
@@ -942,17 +961,17 @@ EVENT_KINDS = (
     "kvm_mmu_zap_all_fast", "kvm_mmu_set_spte", "kvm_mmu_spte_requested", "kvm_tdp_mmu_spte_changed",
     "kvm_mmu_split_huge_page", "kvm_page_fault", "vcpu_match_mmio", "kvm_mmio", "kvm_fast_mmio",
     "kvm_inj_exception", "kvm_emulate_insn", "kvm_unmap_hva_range", "kvm_set_spte_hva", "kvm_age_hva",
-    "kvm_test_age_hva", "kvm_exit", "kvm_cr", "kvm_msr",
+    "kvm_test_age_hva", "kvm_exit", "kvm_cr", "kvm_msr", "kvm_age_page",
 )
 EVENT_DTYPE = np.dtype([("kind", np.uint32), ("vcpu", np.uint32), ("w", np.uint64, (7,))])
 # By number: why a region was refused (WHY_*).
 REGION_REASONS = (
     None, "id", "flags", "size_align", "gpa_align", "hva_align", "as_id", "wrap", "too_many_pages", "no_slot",
     "total_pages", "hva_changed", "size_changed", "readonly_changed", "overlap", "max_gfn", "no_memory",
-    "incongruent", "backing", "no_frames", "closed", "held",
+    "incongruent", "backing", "no_frames", "closed", "held", "live_sptes",
 )
 assert len(VM_STATS_ORDER) == VM_STATS and len(VCPU_STATS_ORDER) == VCPU_STATS and len(EVENT_KINDS) == EV_KINDS
-assert len(REGION_REASONS) == WHY_HELD + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
+assert len(REGION_REASONS) == WHY_LIVE_SPTES + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
 
 
 cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
@@ -1022,7 +1041,7 @@ cdef class VmCore(VmHandle):
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
-                  bint eager_split=True):
+                  bint eager_split=True, uint64_t era=0):
         cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
@@ -1039,6 +1058,7 @@ cdef class VmCore(VmHandle):
         vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages
         vm.switches.eager_split = eager_split
+        vm.switches.era = era
         born = vm_birth(vm)
         if born == BIRTH_NO_ADDRESSES:
             raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")

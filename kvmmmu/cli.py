@@ -213,16 +213,29 @@ def _replay_table(console: Console, reports: list[Any]) -> None:
     help="The manuals' answer or KVM's own software walker's; matters to vectors.",
 )
 @click.option("--level", type=click.IntRange(1, 5), help="Golden runs: only this level of strictness.")
+@click.option(
+    "--behaviour",
+    type=click.Choice(["3.1", "6.1"]),
+    help="Golden runs: only those of this kernel, against its profile (default: each against its own).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
 def conform(
-    ctx: click.Context, paths: tuple[Path, ...], show: int, dialect: Any, level: int | None, as_json: bool
+    ctx: click.Context,
+    paths: tuple[Path, ...],
+    show: int,
+    dialect: Any,
+    level: int | None,
+    behaviour: str | None,
+    as_json: bool,
 ) -> None:
     """Check the model against vectors, dumps, traces and golden runs of real KVM; directories are searched."""
     from kvmmmu.conform.run import check_paths
 
     with _Bar() as bar:
-        reports = list(check_paths(paths, dialect=dialect, show=show, level=level, progress=bar.describe))
+        reports = list(
+            check_paths(paths, dialect=dialect, show=show, level=level, behaviour=behaviour, progress=bar.describe)
+        )
     if as_json:
         _print_json(
             {
@@ -255,6 +268,8 @@ def _golden_fields(report: Any) -> dict[str, Any]:
         "scripts_agreed": report.scripts_agreed,
         "scripts": report.scripts,
         "switches": list(report.switches),
+        "behaviour": report.behaviour,
+        "exempt": report.exempt,
     }
 
 
@@ -268,19 +283,53 @@ def _conform_table(console: Console, reports: list[Any]) -> None:
     table.add_column("agreed", justify="right")
     table.add_column("total", justify="right")
     switches: dict[str, tuple[str, ...]] = {}
+    exempt: dict[str, int] = {}
     for report in reports:
         kind = ", ".join(filter(None, (report.kind, report.part)))
         if report.level is not None:
             kind = f"level {report.level}: {report.part}"
         table.add_row(report.file, kind, f"{report.agreed:,}", f"{report.total:,}")
         switches[report.file] = report.switches
+        exempt[report.file] = report.exempt
     console.print(table)
     for file, names in switches.items():
         for name in names:
             console.print(f"{file}: imitated: {name}")
+    for file, n in exempt.items():
+        if n:
+            console.print(f"{file}: {n} operations behind a livelock under CR4.SMEP are exempt (docs/deviations.md)")
     for report in reports:
         for text in report.disagreements:
             console.print(f"{report.file}: {text}")
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="Print the table of docs/review.md.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def review(markdown: bool, as_json: bool) -> None:
+    """Say what a guest gets at each point of the review of 2011: as mailed, as merged (Linux 3.1), and in Linux 6.1."""
+    from kvmmmu.analysis import review as points
+
+    if markdown:
+        click.echo(points.markdown())
+        return
+    rows = list(points.answers())
+    if as_json:
+        _print_json(
+            {
+                "points": [
+                    {"remark": point.remark, "steps": point.steps, "answers": row, "golden": point.golden}
+                    for point, row in rows
+                ]
+            }
+        )
+        return
+    table = Table()
+    for name in ("remark", "steps", *points.PROFILES, "golden script"):
+        table.add_column(name, overflow="fold")
+    for point, row in rows:
+        table.add_row(str(point.remark), point.steps, *(row[name] for name in points.PROFILES), point.golden)
+    _console().print(table)
 
 
 @main.command()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvmmmu._core import EVENT_DTYPE, EVENT_KINDS, VmCore
 from kvmmmu.errors import ArgumentError
+from kvmmmu.events31 import PRINTED, page_31
 
 __all__ = ["EVENT_DTYPE", "EVENT_NAMES", "Events", "render"]
 
@@ -67,8 +68,9 @@ class Events:
     counts them in ``dropped``; it never delays a vCPU.  One thread reads at a time.
     """
 
-    def __init__(self, core: VmCore) -> None:
+    def __init__(self, core: VmCore, era: str = "6.1") -> None:
         self._core = core
+        self._era = era
 
     def enable(self, kinds: str | Iterable[str] | None = None, *, capacity: int = 1 << 16) -> None:
         """Record tracepoints.
@@ -162,7 +164,8 @@ class Events:
         """
         if records is None:
             records = self._core.events_take(False)
-        return "".join(line + "\n" for line in render(records, frames=frames, roles=roles, hva_name=hva_name))
+        lines = render(records, frames=frames, roles=roles, hva_name=hva_name, era=self._era)
+        return "".join(line + "\n" for line in lines)
 
 
 def render(
@@ -171,6 +174,7 @@ def render(
     frames: bool = False,
     roles: bool = False,
     hva_name: Callable[[int], str] | None = None,
+    era: str = "6.1",
 ) -> Iterator[str]:
     """KVM's text of records, line by line.
 
@@ -184,6 +188,8 @@ def render(
         After each line about a shadow page one more with the raw role word.
     hva_name : callable, optional
         What to print for a host address; hexadecimal by default.
+    era : {"6.1", "3.1"}
+        Whose text: Linux 3.1 prints fewer tracepoints, and less of each.
 
     Raises
     ------
@@ -193,16 +199,19 @@ def render(
     if not isinstance(records, np.ndarray) or records.dtype != EVENT_DTYPE or records.ndim != 1:
         what = f"{records.dtype} {records.shape}" if isinstance(records, np.ndarray) else type(records).__name__
         raise ArgumentError(f"records: {what}; wanted is a column of EVENT_DTYPE, as drain returns it")
-    renderer = _Renderer(frames, hva_name or (lambda hva: f"{hva:#018x}"))
+    old = era == "3.1"
+    renderer = (_Renderer31 if old else _Renderer)(frames, hva_name or (lambda hva: f"{hva:#018x}"))
     for kind, vcpu, words in zip(
         records["kind"].tolist(), records["vcpu"].tolist(), records["w"].tolist(), strict=True
     ):
         name = EVENT_KINDS[kind] if 0 < kind < len(EVENT_KINDS) else None
         if name is None:
             raise ArgumentError(f"kind = {kind}: allowed are 1 to {len(EVENT_KINDS) - 1}")
+        if old and name not in PRINTED:
+            continue
         body: str = getattr(renderer, name)(vcpu, *words)
         yield f"{name}: {body}"
-        if roles and name in _PAGE_EVENTS:
+        if roles and not old and name in _PAGE_EVENTS:
             yield f"{_PAGE_EVENTS[name]}: gfn={words[0]:#x} role={words[1] & 0xFFFFFFFF:#x}"
 
 
@@ -336,6 +345,9 @@ class _Renderer:
     kvm_test_age_hva = kvm_set_spte_hva
     kvm_age_hva = kvm_unmap_hva_range
 
+    def kvm_age_page(self, _vcpu: int, hva: int, gfn: int, young: int, *_: int) -> str:
+        return f"{self.hva_name(hva)} gfn {gfn:x} {'YOUNG' if young else 'OLD'}"
+
     def kvm_exit(
         self, _vcpu: int, isa: int, reason: int, rip: int, info1: int, info2: int, intr: int, err: int
     ) -> str:
@@ -348,6 +360,33 @@ class _Renderer:
 
     def kvm_msr(self, _vcpu: int, write: int, index: int, value: int, refused: int, *_: int) -> str:
         return f"msr_{'write' if write else 'read'} {index:x} = {value:#x}{' (#GP)' if refused else ''}"
+
+
+# The walker is told whether it is a write, a user's access or a fetch; the rest of the code is not its business.
+_WALK_31: Final = 2 | 4 | 16
+
+
+class _Renderer31(_Renderer):
+    """The tracepoints of Linux 3.1 that differ."""
+
+    def page(self, gfn: int, role_word: int, flags: int) -> str:
+        return page_31(gfn, role_word & 0xFFFFFFFF, role_word >> 32, bool(flags & 1))
+
+    def mark_mmio_spte(self, _vcpu: int, sptep: int, gfn: int, access: int, _gen: int, *_: int) -> str:
+        return f"gfn {gfn:x} access {access & 6:x} idx {sptep & 511}"
+
+    def kvm_mmu_pagetable_walk(self, vcpu: int, gva: int, pferr: int, *_: int) -> str:
+        return super().kvm_mmu_pagetable_walk(vcpu, gva, pferr & _WALK_31)
+
+    def kvm_page_fault(self, _vcpu: int, _rip: int, address: int, code: int, *_: int) -> str:
+        return f"address {address:x} error_code {code & 0xFFFFFFFF:x}"
+
+    def kvm_emulate_insn(
+        self, vcpu: int, csbase: int, rip: int, low: int, high: int, length: int, mode: int, failed: int
+    ) -> str:
+        text = super().kvm_emulate_insn(vcpu, csbase, rip, low, high, length, mode, failed)
+        base, address, code = text.split(":", 2)
+        return f"{base}:{address}: {code.lstrip()}"
 
 
 def parse_kind(name: str) -> int:

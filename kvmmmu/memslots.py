@@ -44,6 +44,7 @@ _REASONS: Final = {
     "incongruent": "memory overlaps a bound buffer {detail} bytes off its pages: both must agree modulo 4096",
     "backing": "some of this memory is bound with pages of size {detail}: give the same page_size or none",
     "held": "slot {detail} is being deleted: the slots cannot change until that is over",
+    "live_sptes": "slot {detail} is mapped: moving it then crashes the host under Linux 3.1, so nothing was done",
     "no_frames": "no {detail} free frames in a row: the host's maxphyaddr bounds them",
 }
 

@@ -83,13 +83,7 @@ class VM:
         if not isinstance(host, HostCpu):
             raise TypeError(f"host must be a HostCpu, not {type(host).__name__}")
         if isinstance(behaviour, Behaviour):
-            behaviour = Behaviour(
-                behaviour.profile,
-                mmio_scheme=behaviour.mmio_scheme if mmio_scheme is None else mmio_scheme,
-                tdp_mmu=behaviour.tdp_mmu if tdp_mmu is None else tdp_mmu,
-                nx_huge_pages=behaviour.nx_huge_pages if nx_huge_pages is None else nx_huge_pages,
-                nx_huge_pages_recovery_ratio=behaviour.nx_huge_pages_recovery_ratio,
-            )
+            behaviour = behaviour.changed(mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
         else:
             behaviour = Behaviour(behaviour, mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
         self._mmu: Mmu = mmu
@@ -101,11 +95,12 @@ class VM:
             MMIO_SCHEMES[behaviour.mmio_scheme],
             behaviour.tdp_mmu,
             behaviour.nx_huge_pages,
+            era=behaviour.bits,
         )
         self.memslots = MemSlots(self._core)
         self.mmio = Mmio()
         self.stats = VmStats(self._core)
-        self.events = Events(self._core)
+        self.events = Events(self._core, "6.1" if behaviour.profile == "6.1" else "3.1")
         # Weak: a vCPU holds its VM, and a circle would keep both until the garbage collector comes by.
         self._vcpus: list[ReferenceType[VCpu]] = []
 

@@ -75,6 +75,28 @@ cdef inline void spte_masks_ept(SpteMasks *m, int phys_bits, bint l1tf, int cach
     m.mmio_caching = mmio_caching
 
 
+cdef inline void spte_masks_era(SpteMasks *m, uint64_t era, int raw_maxphyaddr, bint ept) noexcept nogil:
+    """The mmio masks of 2011: no generation in the entry, no care for L1TF.
+
+    As merged: every bit from MAXPHYADDR to 62, and P unless that leaves no reserved bit; under EPT a fixed range with
+    W and X.  As mailed: the fixed range and bit 0 on every host.
+    """
+    if not era & (ERA_MMIO_WIDE | ERA_MMIO_CONSTANT):
+        return
+    if era & ERA_MMIO_CONSTANT:
+        m.mmio_mask = bits_between(56, 49) | PT_PRESENT_MASK
+    elif ept:
+        m.mmio_mask = bits_between(56, 49) | EPT_WRITE | EPT_EXEC
+    else:
+        # Without a reserved address bit the entry only looks absent: it never faults with RSVD.
+        m.mmio_mask = bits_between(62, raw_maxphyaddr) | (PT_PRESENT_MASK if raw_maxphyaddr < 52 else 0)
+    m.mmio_value = m.mmio_mask
+    m.mmio_caching = 1
+    m.mmio_access = ACC_W | ACC_U
+    m.nonpresent_or_rsvd = 0
+    m.nonpresent_low_gfn = bits_between(51, 12) & ~m.mmio_mask
+
+
 cdef inline void spte_masks_l1tf(SpteMasks *m, int phys_bits, bint l1tf, int cache_bits) noexcept nogil:
     """Keep the address of a non-present spte off the bits an L1TF-vulnerable cache looks at."""
     m.nonpresent_or_rsvd = 0

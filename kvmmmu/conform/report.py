@@ -31,6 +31,10 @@ class FileReport:
         Golden runs: scripts with every operation agreed, and all.
     switches : tuple of str
         Golden runs: quirks of the emulator that were imitated.
+    behaviour : str or None
+        Golden runs: the profile they were compared with.
+    exempt : int
+        Golden runs: operations left out of ``total`` because that kernel's answer depends on uninitialised memory.
     """
 
     file: str
@@ -44,6 +48,8 @@ class FileReport:
     scripts_agreed: int = 0
     scripts: int = 0
     switches: tuple[str, ...] = ()
+    behaviour: str | None = None
+    exempt: int = 0
 
     @property
     def ok(self) -> bool:

@@ -22,6 +22,7 @@ def check_paths(
     dialect: Dialect = "sdm",
     show: int = 5,
     level: int | None = None,
+    behaviour: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[FileReport]:
     """Yield one report per file (vectors in both dialects: two; golden runs: one per part of each level).
@@ -36,6 +37,8 @@ def check_paths(
         How many disagreements of a file are kept as text.
     level : int, optional
         Golden runs: only this level of strictness, 1 to 5.
+    behaviour : str, optional
+        Golden runs: only those of the kernel that this profile stands for.
     progress : callable, optional
         Called with each file's name before it is checked.
 
@@ -51,7 +54,9 @@ def check_paths(
         if kind == "trace":
             yield replay.check(path, show=show)
         elif kind == "golden":
-            yield from import_module("kvmmmu.conform.golden.runner").check(path, level=level, show=show)
+            yield from import_module("kvmmmu.conform.golden.runner").check(
+                path, level=level, show=show, behaviour=behaviour
+            )
         elif kind == "dump":
             yield import_module("kvmmmu.conform.dumps").check(path, show=show)
         else:

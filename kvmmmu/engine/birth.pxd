@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from kvmmmu.bits.paging cimport CpuModel
-from kvmmmu.bits.spte cimport spte_masks_ept, spte_masks_legacy
+from kvmmmu.bits.spte cimport spte_masks_ept, spte_masks_era, spte_masks_legacy
 from kvmmmu.engine.atomics cimport st_release_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.notifier cimport page_replaced
@@ -46,6 +46,8 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
     else:
         spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
                           vm.switches.mmio_scheme != MMIO_OFF)
+    if vm.switches.mmio_scheme != MMIO_OFF:
+        spte_masks_era(&vm.masks, vm.switches.era, vm.host.maxphyaddr, vm.mmu == MMU_EPT)
     vm.mmu_lock = <kvmmmu_rwlock *>cache_line()
     vm.lines[0] = <kvmmmu_line *>cache_line()
     vm.n_lines = 1

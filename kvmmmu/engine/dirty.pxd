@@ -3,14 +3,15 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.spte cimport spte_is_last, spte_present
 from kvmmmu.engine.atomics cimport fetch_and_u64, ld_u64, xchg_u64
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, gfn_to_rmap, level_pages
-from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_page
+from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_at, spte_page
 from kvmmmu.engine.pfns cimport max_mapping_level
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next
-from kvmmmu.engine.sptes cimport spte_drop, spte_write_protect
+from kvmmmu.engine.sptes cimport spte_drop, spte_read, spte_write_protect
 from kvmmmu.engine.state cimport (
     ERR_INVAL, ERR_NOENT, ERR_NONE, MAX_SLOT_ID, ShadowPage, Slot, Vm,
 )
@@ -98,6 +99,38 @@ cdef inline void slot_collapse(Vm *vm, Slot *slot) noexcept nogil:
     tdp_each_root(vm, slot, 2, slot.base_gfn, slot.base_gfn + slot.npages, 0)
 
 
+cdef inline void protect_pages_of(Vm *vm, Slot *slot) noexcept nogil:
+    """Linux 3.1: every leaf of every page that ever mapped the slot, whichever slot the leaf is of.
+
+    Large leaves go; the slot's own log could not tell their pages apart.
+    """
+    cdef int32_t id = vm.active.head
+    cdef uint64_t index
+    cdef uint64_t spte
+    cdef int i
+    while id:
+        if page_at(vm, id).slot_bits >> (slot.id & 31) & 1:
+            for i in range(ENTRIES):
+                index = (<uint64_t>id << 9) + <uint64_t>i
+                spte = spte_read(spte_at(vm, index))
+                if not spte_present(spte) or not spte_is_last(spte, role_level(page_at(vm, id).role)):
+                    continue
+                if spte & PT_PAGE_SIZE_MASK and role_level(page_at(vm, id).role) > LEVEL_4K:
+                    spte_drop(vm, index)
+                else:
+                    spte_write_protect(vm, index, False)
+        id = page_at(vm, id).list_next
+    flush_remote_tlbs(vm)
+
+
+cdef inline void slot_unchanged(Vm *vm, Slot *slot) noexcept nogil:
+    """A call that changed nothing: Linux 3.1 commits it all the same, and that write-protects."""
+    if vm.switches.era & ERA_LOG_WHOLE_SLOT:
+        mmu_write_lock(vm)
+        protect_pages_of(vm, slot)
+        mmu_write_unlock(vm)
+
+
 cdef inline void slot_logging_changed(Vm *vm, Slot *slot, uint32_t old_flags) noexcept nogil:
     """The log of an existing slot was switched on or off; read-only slots have none."""
     cdef bint was = (old_flags & MEM_LOG_DIRTY_PAGES) != 0
@@ -105,7 +138,9 @@ cdef inline void slot_logging_changed(Vm *vm, Slot *slot, uint32_t old_flags) no
     if was == is_ or slot.flags & MEM_READONLY:
         return
     mmu_write_lock(vm)
-    if not is_:
+    if vm.switches.era & ERA_LOG_WHOLE_SLOT:
+        protect_pages_of(vm, slot)
+    elif not is_:
         slot_collapse(vm, slot)
     elif not vm.switches.manual_protect & INITIALLY_SET:
         if vm.switches.eager_split:
@@ -177,7 +212,11 @@ cdef inline int dirty_get(Vm *vm, uint32_t number, uint64_t *out, uint64_t words
     mmu_write_lock(vm)
     for i in range(words):
         out[i] = xchg_u64(&slot.dirty[i], 0) if ld_u64(&slot.dirty[i]) else 0
-        if out[i]:
+        if out[i] and vm.switches.era & ERA_LOG_WHOLE_SLOT:
+            if not flush:
+                protect_pages_of(vm, slot)
+            flush = True
+        elif out[i]:
             flush = True
             protect_masked(vm, slot, i << 6, out[i])
     if flush:

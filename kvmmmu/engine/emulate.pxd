@@ -48,11 +48,13 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
         return
     out.outcome = OUTCOME_PF
     out.error_code = code
+    vcpu.written_times = 0
     if vcpu.guest_mode:
         # A nested page fault: an exit to L1, no exception of the guest that runs.
         out.error_code = code | PFERR_GUEST_FINAL
         return
-    if code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT:
+    if (code & PFERR_PRESENT and not code & PFERR_RSVD and not vcpu.root_role & ROLE_DIRECT
+            and not vcpu.vm.switches.era & ERA_FAULT_KEEPS):
         tlb_flush_gva(vcpu, gva)
         invlpg_root(vcpu, vcpu.root.page, gva)
     vcpu.stats[<int>VSTAT_PF_GUEST] += 1
@@ -65,14 +67,23 @@ cdef inline void inject_guest_fault(Vcpu *vcpu, uint64_t gva, Access *out) noexc
         ev_inj_exception(vcpu.vm, vcpu.id, PF_VECTOR, True, code, False)
 
 
+cdef inline bint mmio_cache_permits(Vcpu *vcpu, uint64_t access) noexcept nogil:
+    """The record's rights allow the access."""
+    cdef bint user = (access & PFERR_USER) != 0
+    if vcpu.vm.switches.era & ERA_CACHE_SIMPLE:
+        if access & PFERR_WRITE and not vcpu.mmio.access & ACC_W and (user or vcpu.regs.cr0 & CR0_WP):
+            return False
+        return not user or vcpu.mmio.access & ACC_U != 0
+    return (not is_paging(vcpu)
+            or not permission_fault(&vcpu.guest, access, vcpu.mmio.access | ACC_X, vcpu.ac, 0))
+
+
 cdef inline int piece_gpa(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t known_gpa, uint64_t *gpa) noexcept nogil:
     """Where one piece of an access goes.  ``known_gpa`` (all ones: none) is the address the exit gave."""
     cdef bint write = (access & PFERR_WRITE) != 0
-    if known_gpa != ALL_ONES and not (known_gpa ^ gva) & 4095:
+    if known_gpa != ALL_ONES and not (known_gpa ^ gva) & 4095 and not vcpu.vm.switches.era & ERA_NO_SHORTCUT:
         gpa[0] = known_gpa
-    elif (mmio_match_gva(vcpu, gva) and not access & PFERR_FETCH
-          and (not is_paging(vcpu)
-               or not permission_fault(&vcpu.guest, access, vcpu.mmio.access | ACC_X, vcpu.ac, 0))):
+    elif mmio_match_gva(vcpu, gva) and not access & PFERR_FETCH and mmio_cache_permits(vcpu, access):
         gpa[0] = (vcpu.mmio.gfn << 12) | (gva & 4095)
         ev_match_mmio(vcpu.vm, vcpu.id, gva, gpa[0], write, False)
         return PIECE_MMIO
@@ -118,22 +129,39 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
     Pieces that no memory takes are listed in ``out``, for the caller to complete; none is when
     a later piece faults, so a fault in the second page hides the first.
     """
-    cdef int done = 0, now, kind
+    cdef int done = 0, now, kind, shown
     cdef uint64_t gpa = 0, value = 0, here
+    cdef bint whole = (vcpu.vm.switches.era & ERA_MMIO_WHOLE) != 0
     out.n_mmio = 0
     while done < size:
         here = (gva + <uint64_t>done) & vcpu.guest.va_mask
         now = size - done
         if now > 4096 - <int>(here & 4095):
             now = 4096 - <int>(here & 4095)
-        kind = piece_gpa(vcpu, here, access, known_gpa, &gpa)
+        if done and whole and not access & PFERR_WRITE:
+            kind = PIECE_MEMORY if guest_walk(vcpu, &vcpu.walk, here, access) else PIECE_FAULT
+            gpa = vcpu.walk.gpa
+        else:
+            kind = piece_gpa(vcpu, here, access, known_gpa, &gpa)
+            if kind == PIECE_MEMORY and whole and not access & PFERR_WRITE:
+                # Linux 3.1 first asks whether this is MMIO, then reads by address: two walks.
+                guest_walk(vcpu, &vcpu.walk, here, access)
         if kind == PIECE_FAULT:
+            # (Linux 3.1 forgets the first page's exit as well, but not what was stored there.)
             out.n_mmio = 0
             out.fault_gva = here
             return PIECE_FAULT
         if done == 0:
             out.gpa = gpa
         if kind == PIECE_MMIO or not piece_memory(vcpu, gpa, access, now, NULL if data == NULL else data + done):
+            if whole and not access & PFERR_WRITE:
+                # One exit from the first byte on; what the second page is nobody asks.
+                if done:
+                    gpa = out.gpa
+                    done = 0
+                now = size
+            if whole:
+                out.n_mmio = 0
             out.mmio_gpa[out.n_mmio] = gpa
             out.mmio_size[out.n_mmio] = <uint8_t>now
             out.mmio_offset[out.n_mmio] = <uint8_t>done
@@ -142,7 +170,9 @@ cdef inline int emulate_transfer(Vcpu *vcpu, uint64_t gva, uint64_t access, int 
                 # Traced as it is queued, even if a later piece faults and nothing leaves.
                 # The tracepoint has room for eight bytes of however wide a store.
                 value = 0
-                memcpy(&value, data + done, now if now < 8 else 8)
+                # (Linux 3.1 shows what follows the piece as well.)
+                shown = size - done if whole else now
+                memcpy(&value, data + done, shown if shown < 8 else 8)
                 ev_mmio(vcpu.vm, vcpu.id, MMIO_WRITE, now, gpa, value)
         done += now
     if out.n_mmio:

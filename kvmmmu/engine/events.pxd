@@ -209,6 +209,9 @@ cdef inline void ev_msr(Vm *vm, uint32_t vcpu_id, bint write, uint32_t index, ui
 cdef inline void ev_unmap_hva_range(Vm *vm, uint64_t start_hva, uint64_t end_hva) noexcept nogil:
     event_emit(vm, ~<uint32_t>0, EV_KVM_UNMAP_HVA_RANGE, start_hva, end_hva, 0, 0, 0, 0, 0)
 
+cdef inline void ev_age_page(Vm *vm, uint64_t hva, uint64_t gfn, bint young) noexcept nogil:
+    event_emit(vm, ~<uint32_t>0, EV_KVM_AGE_PAGE, hva, gfn, young, 0, 0, 0, 0)
+
 cdef inline void ev_set_spte_hva(Vm *vm, uint64_t hva) noexcept nogil:
     event_emit(vm, ~<uint32_t>0, EV_KVM_SET_SPTE_HVA, hva, 0, 0, 0, 0, 0, 0)
 

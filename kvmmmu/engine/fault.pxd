@@ -20,7 +20,8 @@ from kvmmmu.engine.hooks cimport (
     POINT_FAULT_PFN, POINT_MMIO_FRESH, POINT_SLOT_FOUND, hook, mutant,
 )
 from kvmmmu.engine.leaf cimport (
-    RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, acc_track_restore,
+    LEAF_UNLOGGED, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS,
+    acc_track_restore,
     vcpu_generation,
 )
 from kvmmmu.engine.locks cimport (
@@ -33,8 +34,9 @@ from kvmmmu.engine.pages cimport cache_fill, page_at, page_obsolete, root_table
 from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
 from kvmmmu.engine.shadow cimport direct_map, flooding_clear_path, shadow_map
 from kvmmmu.engine.state cimport (
-    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, REQ_FREE_OBSOLETE_ROOTS, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SLOW,
-    VSTAT_MMIO_SPTE_HIT, VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
+    ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, REQ_FREE_OBSOLETE_ROOTS, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_REFILL,
+    VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT,
+    VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
 )
 from kvmmmu.engine.tdp cimport TDP_FAULT_PAGES, tdp_map, tdp_reap
 from kvmmmu.engine.track cimport gfn_write_tracked
@@ -61,6 +63,17 @@ cdef inline int walk_sptes(Vcpu *vcpu, uint64_t address, uint64_t *sptes, int *t
             shadow_walk(vcpu.vm.arena.sptes, <uint64_t>table, level, address, sptes)
     kvmmmu_reading_end(vcpu.line)
     return leaf
+
+
+cdef inline int mmio_not_found(Vm *vm, bint direct, uint64_t spte) noexcept nogil:
+    """No mmio spte behind a reserved-bit fault: somebody took it away, or the tables are broken.
+
+    A guest's own tables may have been rewritten since; tables that translate linearly change by KVM's hand alone.
+    """
+    if direct and spte and (vm.switches.era & ERA_MMIO_BUG_OTHER
+                            or vm.switches.era & ERA_MMIO_BUG_PRESENT and spte_present(spte)):
+        return ERR_INVAL
+    return RET_PF_INVALID if vm.switches.era & ERA_MMIO_MISS_FAULTS else RET_PF_RETRY
 
 
 cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
@@ -92,21 +105,25 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
         gen = vcpu_generation(vcpu)
     if leaf == 0:
         return RET_PF_RETRY
-    for level in range(leaf, top + 1):
-        if spte_present(sptes[level]) and rsvd_fault(&vcpu.hw, level, sptes[level]):
-            return ERR_INVAL
     spte = sptes[leaf]
+    if not vm.switches.era & (ERA_MMIO_BUG_OTHER | ERA_MMIO_BUG_PRESENT):
+        for level in range(leaf, top + 1):
+            if spte_present(sptes[level]) and rsvd_fault(&vcpu.hw, level, sptes[level]):
+                return ERR_INVAL
     if not spte_is_mmio(&vm.masks, spte):
-        return RET_PF_RETRY
+        return mmio_not_found(vm, direct, spte)
     gfn = mmio_spte_gfn(&vm.masks, spte)
     access = mmio_spte_access(&vm.masks, spte)
-    ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
-    if not mmio_gen_valid(gen, spte):
-        return RET_PF_INVALID
+    if not vm.switches.era & (ERA_MMIO_WIDE | ERA_MMIO_CONSTANT):
+        ev_check_mmio_spte(vm, vcpu.id, spte, gen & MMIO_GEN_MASK, mmio_spte_gen(spte))
+        if not mmio_gen_valid(gen, spte):
+            return RET_PF_INVALID
     hook(vcpu, POINT_MMIO_FRESH)
     if direct:
         address = 0
     ev_handle_mmio(vm, vcpu.id, address, gfn, access)
+    if vcpu.mmio.gva == 0 and vcpu.mmio.gfn != 0 and not direct:
+        vcpu.stats[<int>VSTAT_MMIO_REFILL] += 1
     mmio_cache_fill(vcpu, address, gfn, access)
     vcpu.stats[<int>VSTAT_MMIO_SPTE_HIT] += 1
     return RET_PF_EMULATE
@@ -233,11 +250,12 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         # The tables are not deep enough for this address: an entry made for it would be another address's.
         return RET_PF_EMULATE
     f.max_level = host_max_level(vm) if vm.mmu else <int>LEVEL_2M
-    if fault_write_tracked(f):
+    if not vm.switches.era & ERA_PROTECT_LATE and fault_write_tracked(f):
         return RET_PF_EMULATE
-    ret = fast_page_fault(vcpu, f)
-    if ret != RET_PF_INVALID:
-        return ret
+    if not vm.switches.era & ERA_NO_FAST_FAULT:
+        ret = fast_page_fault(vcpu, f)
+        if ret != RET_PF_INVALID:
+            return ret
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
         return ret
@@ -296,11 +314,12 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     f.gfn = w.gpa >> 12
     f.slot = vcpu_slot(vcpu, f.gfn)
     f.max_level = w.level
-    if fault_write_tracked(f):
-        flooding_clear_path(vcpu, f.addr)
-        return RET_PF_EMULATE
-    if fault_hits_own_tables(vcpu, f, w):
-        f.max_level = LEVEL_4K
+    if not vm.switches.era & ERA_PROTECT_LATE:
+        if fault_write_tracked(f):
+            flooding_clear_path(vcpu, f.addr)
+            return RET_PF_EMULATE
+        if fault_hits_own_tables(vcpu, f, w):
+            f.max_level = LEVEL_4K
     f.access = w.pte_access
     ret = fault_pfn(vcpu, f)
     if ret != RET_PF_CONTINUE:
@@ -308,7 +327,11 @@ cdef inline int shadow_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
     # CR0.WP=0: a supervisor store to a read-only page needs W, which then must be the
     # supervisor's alone.  Not for MMIO, whose access bits are cached.
     if f.write and not w.pte_access & ACC_W and not vcpu.regs.cr0 & CR0_WP and not f.user and f.slot != NULL:
+        # Pages between a large guest entry and its small leaves: of the guest's own rights, or (later) of these.
+        f.access = w.pte_access
         w.pte_access = (w.pte_access | ACC_W) & ~<uint32_t>ACC_U
+        if vm.switches.era & ERA_WP0_UNLOGGED:
+            w.pte_access |= LEAF_UNLOGGED
         if vcpu.regs.cr4 & CR4_SMEP:
             w.pte_access &= ~<uint32_t>ACC_X
     hook(vcpu, POINT_FAULT_PFN)
@@ -356,6 +379,12 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
         f.access = ACC_ALL
         vcpu.stats[<int>VSTAT_PF_TAKEN] += 1
         ret = direct_page_fault(vcpu, &f) if direct else shadow_page_fault(vcpu, &f)
+        if vm.switches.era & ERA_COUNT_OLD:
+            if ret == RET_PF_EMULATE or ret == RET_PF_SPURIOUS:
+                vcpu.stats[<int>VSTAT_PF_FIXED] += 1
+            if ret != RET_PF_EMULATE:
+                # A fault that the guest's own use of its tables explains: not one of a row of stores.
+                vcpu.written_times = 0
         if ret == RET_PF_FIXED:
             vcpu.stats[<int>VSTAT_PF_FIXED] += 1
         elif ret == RET_PF_EMULATE:

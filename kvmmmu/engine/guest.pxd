@@ -10,7 +10,8 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport (
     FAULT_PF, WALK_FAULT, WALK_LEAF, WALK_NEXT, Walk, walk_begin, walk_finish, walk_step,
 )
-from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_NONE, FMT_PAE, Paging
+from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_NONE, FMT_PAE, Paging, paging_pdptr_bad
+from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64
 from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
@@ -97,6 +98,69 @@ cdef inline int guest_update_ad(Vcpu *vcpu, const Paging *p, Walk *w, bint write
     return 0
 
 
+cdef inline int guest_mark_early(Vcpu *vcpu, const Paging *p, Walk *w, int level, bint *refused) noexcept nogil:
+    """Linux 3.1, after each entry: does it refuse the access, and if none did so far, its A bit is set.
+
+    1: the entry changed meanwhile.  What a lower entry says comes first in the fault's code, but sets nothing more.
+    """
+    cdef uint64_t old = w.entries[level], access = w.access
+    cdef bint user = (access & PFERR_USER) != 0
+    cdef uint8_t *host
+    cdef Slot *slot
+    if p.format == FMT_PAE and level == 3:
+        return 0
+    if access & PFERR_WRITE and not old & PT_WRITABLE_MASK and (user or vcpu.regs.cr0 & CR0_WP):
+        refused[0] = True
+    if user and not old & PT_USER_MASK:
+        refused[0] = True
+    if access & PFERR_FETCH and p.format != FMT_32 and old & PT64_NX_MASK:
+        refused[0] = True
+    if refused[0] or old & PT_ACCESSED_MASK:
+        return 0
+    ev_set_accessed_bit(vcpu.vm, vcpu.id, w.entry_gpas[level])
+    slot = vcpu_slot(vcpu, w.entry_gpas[level] >> 12)
+    host_write(vcpu.vm, slot, w.entry_gpas[level] >> 12)
+    host = slot_host(slot, w.entry_gpas[level] >> 12) + (w.entry_gpas[level] & 4095)
+    if not gpte_cmpxchg(p.format, host, old, old | PT_ACCESSED_MASK):
+        return 1
+    slot_mark_dirty(slot, w.entry_gpas[level] >> 12)
+    w.entries[level] = old | PT_ACCESSED_MASK
+    return 0
+
+
+cdef inline bint guest_walk_early(Vcpu *vcpu, const Paging *p, Walk *w, uint64_t gva, uint64_t access) noexcept nogil:
+    """The walk as Linux 3.1 makes it: A bits on the way down."""
+    cdef int state, level
+    cdef uint8_t *host
+    cdef uint64_t entry
+    cdef bint refused, again
+    while True:
+        again = False
+        refused = False
+        state = walk_begin(p, w, gva, access, vcpu.ac)
+        if p.format == FMT_PAE and state != WALK_FAULT or p.format == FMT_PAE and w.fault == FAULT_PF:
+            ev_paging_element(vcpu.vm, vcpu.id, w.entries[3], 3)
+        while state == WALK_NEXT and not again:
+            level = w.level
+            host = guest_host(vcpu, w.entry_gpa)
+            entry = 0
+            if host != NULL:
+                entry = gpte_load(p.format, host)
+                ev_paging_element(vcpu.vm, vcpu.id, entry, level)
+            state = walk_step(p.format, p, w, entry)
+            if state != WALK_FAULT:
+                again = guest_mark_early(vcpu, p, w, level, &refused) != 0
+        if again:
+            continue
+        if state == WALK_LEAF:
+            state = walk_finish(p, w)
+        if state == WALK_FAULT:
+            return False
+        # Only the leaf's D can be left.
+        if guest_update_ad(vcpu, p, w, (access & PFERR_WRITE) != 0) == 0:
+            return True
+
+
 cdef inline int guest_walk_format(int fmt, Vcpu *vcpu, const Paging *p, Walk *w, uint64_t gva,
                                   uint64_t access) noexcept nogil:
     cdef int state
@@ -122,6 +186,29 @@ cdef inline int guest_walk_format(int fmt, Vcpu *vcpu, const Paging *p, Walk *w,
             return True
 
 
+cdef inline bint guest_pdpte_bad(const Vcpu *vcpu, uint64_t pdpte) noexcept nogil:
+    """A PDPTE that KVM would not load."""
+    if vcpu.vm.switches.era & ERA_PDPTE_LAX:
+        pdpte &= ~(PT_ACCESSED_MASK | PT_DIRTY_MASK)
+    return paging_pdptr_bad(pdpte, &vcpu.model)
+
+
+cdef inline void pdptes_refresh(Vcpu *vcpu) noexcept nogil:
+    """Take the four PDPTEs as they stand in memory, if the processor could load them."""
+    cdef uint8_t *host = guest_host(vcpu, vcpu.regs.cr3 & bits_between(31, 5))
+    cdef uint64_t loaded[4]
+    cdef int i
+    if host == NULL:
+        return
+    for i in range(4):
+        loaded[i] = ld_u64(<const uint64_t *>host + i)
+        if guest_pdpte_bad(vcpu, loaded[i]):
+            return
+    for i in range(4):
+        vcpu.regs.pdptr[i] = loaded[i]
+        vcpu.guest.pdptr[i] = loaded[i]
+
+
 cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) noexcept nogil:
     """Translate for KVM.  False: ``w`` holds the #PF to inject.
 
@@ -130,12 +217,16 @@ cdef inline bint guest_walk(Vcpu *vcpu, Walk *w, uint64_t gva, uint64_t access) 
     cdef const Paging *p = &vcpu.guest
     cdef bint ok
     vcpu.stats[<int>VSTAT_GUEST_WALK] += 1
+    if p.format == FMT_PAE and vcpu.vm.switches.era & ERA_PDPTES_FRESH and vcpu.vm.host.amd:
+        pdptes_refresh(vcpu)
     # L1's nested tables see user accesses only.
     access |= p.final_access
     if p.format != FMT_NONE:
         ev_pagetable_walk(vcpu.vm, vcpu.id, gva, access)
     access &= PFERR_WRITE | PFERR_USER | PFERR_FETCH
-    if p.format == FMT_64:
+    if vcpu.vm.switches.era & ERA_ACCESSED_EARLY and p.format != FMT_NONE:
+        ok = guest_walk_early(vcpu, p, w, gva, access)
+    elif p.format == FMT_64:
         ok = guest_walk_format(FMT_64, vcpu, p, w, gva, access)
     elif p.format == FMT_PAE:
         ok = guest_walk_format(FMT_PAE, vcpu, p, w, gva, access)

@@ -5,7 +5,7 @@ What the emulator does besides moving data: it fetches the instruction by softwa
 the guest instead ("unprotect and retry"), and leaves for user space at MMIO, to be continued.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
@@ -21,6 +21,7 @@ from kvmmmu.engine.memslots cimport slot_host, slot_visible
 from kvmmmu.engine.mmiocache cimport mmio_match_gpa, mmio_match_gva
 from kvmmmu.engine.pfns cimport gfn_to_pfn, pfn_is_error, slot_readonly
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
+from kvmmmu.engine.roles cimport tdp_enabled
 from kvmmmu.engine.state cimport (
     Access, INSN_ADD, INSN_CMPXCHG, INSN_FETCH, INSN_LOAD, INSN_MOVS, INSN_STORE, Insn, MmioExit,
     OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT,
@@ -39,9 +40,9 @@ cdef enum:
     STEP_EXIT = 2     # an MMIO read waits for its data
 
 cdef enum:
-    DECODE_END = 0       # ``out`` says how
-    DECODE_OK = 1
-    DECODE_RESUME = 2    # KVM could not, and lets the guest try again
+    ENDED = 0         # ``out`` says how
+    DECODED = 1
+    RESUME = 2        # the guest runs on from where it was
 
 cdef struct Operand:
     # One translated memory operand, in up to two pieces.
@@ -160,7 +161,8 @@ cdef inline int emulate_read(Vcpu *vcpu, Insn *insn, uint64_t gva, uint64_t know
         return STEP_DONE
     insn.read_gpa = out.mmio_gpa[0]
     memcpy(insn.read_data, memory, insn.size)
-    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED, last_piece(gva, insn.size), insn.read_gpa, 0)
+    ev_mmio(vcpu.vm, vcpu.id, MMIO_READ_UNSATISFIED,
+            insn.size if vcpu.vm.switches.era & ERA_MMIO_WHOLE else last_piece(gva, insn.size), insn.read_gpa, 0)
     exits_add(insn, out, 0, False)
     insn.wants_data = 1
     return STEP_EXIT
@@ -214,7 +216,8 @@ cdef inline int emulate_operands(Vcpu *vcpu, Insn *insn, Access *out) noexcept n
     if insn.op == INSN_MOVS:
         known = ALL_ONES
     step = emulate_read(vcpu, insn, insn.src if insn.op == INSN_MOVS else insn.gva, known, &memory, out)
-    if step == STEP_FAULT and (insn.op == INSN_ADD or insn.op == INSN_CMPXCHG):
+    if (step == STEP_FAULT and (insn.op == INSN_ADD or insn.op == INSN_CMPXCHG)
+            and not vcpu.vm.switches.era & ERA_RMW_FAULT_READS):
         vcpu.walk.error_code |= PFERR_WRITE
     if step != STEP_DONE:
         return step
@@ -256,22 +259,46 @@ cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
     return True
 
 
+cdef inline bint resume_undecoded_2011(Vcpu *vcpu, uint64_t address) noexcept nogil:
+    """Linux 3.1 lets the guest try again if the address it faulted at has memory behind it, once unprotected."""
+    cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
+    cdef int64_t zapped = 0
+    if tdp_enabled(vcpu.vm):
+        return False
+    if not direct:
+        if guest_walk(vcpu, &vcpu.walk, address, user_bit(vcpu)):
+            mmu_write_lock(vcpu.vm)
+            zapped = unprotect_gfn(vcpu.vm, vcpu.id, vcpu.walk.gpa >> 12)
+            mmu_write_unlock(vcpu.vm)
+        if zapped:
+            return True
+        if not guest_walk(vcpu, &vcpu.walk, address, 0):
+            return True
+        address = vcpu.walk.gpa
+    return slot_visible(vcpu_slot(vcpu, address >> 12))
+
+
 cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Access *out) noexcept nogil:
-    """Fetch the instruction by software: DECODE_*.  ``retry``: a fault at ``address`` may be retried instead."""
-    cdef uint8_t *host
+    """Fetch the instruction by software: DECODED, ENDED (it ended here), or RESUME.
+
+    ``retry``: a fault at ``address`` may be retried instead.
+    """
+    cdef uint8_t *host = NULL
+    cdef bint fails = (vcpu.vm.switches.era & ERA_FETCH_FAULT_FAILS) != 0
     cdef Slot *slot
     cdef int size = insn.code_size
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     # An event that was being delivered is forgotten once an instruction is emulated.
     vcpu.vectoring = 0
-    if not guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+    if guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
+        host = guest_host(vcpu, vcpu.walk.gpa)
+    elif not fails:
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
         if retry and resume_undecoded(vcpu, address):
-            return DECODE_RESUME
+            return RESUME
         inject_guest_fault(vcpu, vcpu.rip, out)
-        return DECODE_END
-    host = guest_host(vcpu, vcpu.walk.gpa)
+        return ENDED
     if host != NULL:
         if (vcpu.walk.gpa & 4095) + <uint64_t>size > 4096:
             # The rest may stand elsewhere, or nowhere.
@@ -279,15 +306,18 @@ cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Acc
             if slot != vcpu_slot(vcpu, (vcpu.walk.gpa >> 12) + 1):
                 size = 4096 - <int>(vcpu.walk.gpa & 4095)
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, size, bits, False)
-        return DECODE_OK
+        return DECODED
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
-    if retry and resume_undecoded(vcpu, address):
-        return DECODE_RESUME
+    if fails:
+        if resume_undecoded_2011(vcpu, address):
+            return RESUME
+    elif retry and resume_undecoded(vcpu, address):
+        return RESUME
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, True)
     vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
     out.outcome = OUTCOME_INTERNAL_ERROR
     out.suberror = SUBERROR_EMULATION
-    return DECODE_END
+    return ENDED
 
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
@@ -309,6 +339,8 @@ cdef inline bint retry_instead(Vcpu *vcpu, const Insn *insn, uint64_t address, b
     cdef uint64_t gpa = address
     vcpu.retry_rip = 0
     vcpu.retry_address = 0
+    if vcpu.vm.switches.era & ERA_NO_RETRY:
+        return False
     if not allowed or insn.op == INSN_STORE or insn.op == INSN_CMPXCHG:
         return False
     if rip == vcpu.rip and last == address:
@@ -370,9 +402,9 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
                 cached = mmio_match_gva(vcpu, address)
             retry = not cached and not vcpu.mmio_hit
             decoded = decode(vcpu, insn, address, retry, out)
-            if decoded == DECODE_END:
+            if decoded == ENDED:
                 return
-            if decoded == DECODE_OK and not retry_instead(vcpu, insn, address, retry):
+            if decoded == DECODED and not retry_instead(vcpu, insn, address, retry):
                 emulate_run(vcpu, insn, out)
                 return
             if out.exits >= MAX_EXITS:

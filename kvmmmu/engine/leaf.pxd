@@ -23,7 +23,7 @@ from kvmmmu.engine.sptes cimport (
 from kvmmmu.engine.state cimport (
     Fault, MMIO_GENERATION, STAT_MAX_MMU_RMAP_SIZE, ShadowPage, Slot, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
-from kvmmmu.engine.tlb cimport flush_remote_tlbs
+from kvmmmu.engine.tlb cimport flush_own_tlb, flush_remote_tlbs
 from kvmmmu.engine.track cimport try_to_unsync
 
 # Linux 6.1's fault results, by value; negative values are errno.
@@ -37,6 +37,7 @@ cdef enum:
 
 cdef enum:
     RMAP_RECYCLE_THRESHOLD = 1000
+    LEAF_UNLOGGED = 8   # beside ACC_*: the dirty log does not hear of this leaf
 
 
 cdef inline uint64_t vcpu_generation(Vcpu *vcpu) noexcept nogil:
@@ -91,15 +92,17 @@ cdef inline bint leaf_make(Vm *vm, int vcpu_id, const ShadowPage *sp, Slot *slot
         access &= ~<uint32_t>ACC_W
     if access & ACC_W:
         spte |= PT_WRITABLE_MASK | m.mmu_writable
-        if not spte_writable(old):
+        if not spte_writable(old) or vm.switches.era & ERA_DIRTY_BY_CPU and can_unsync:
             if try_to_unsync(vm, vcpu_id, slot, gfn, can_unsync, prefetch):
                 refused = True
                 spte &= ~(PT_WRITABLE_MASK | m.mmu_writable)
-            else:
+            elif not vm.switches.era & ERA_DIRTY_BY_CPU:
                 spte |= spte_dirty_mask(m, spte)
+    if vm.switches.era & ERA_DIRTY_BY_CPU and spte_present(old):
+        spte |= old & m.dirty
     if prefetch:
         spte = acc_track_spte(m, spte)
-    if spte_writable(spte) and slot.flags & MEM_LOG_DIRTY_PAGES:
+    if spte_writable(spte) and slot.flags & MEM_LOG_DIRTY_PAGES and not access & LEAF_UNLOGGED:
         slot_mark_dirty(slot, gfn)
     out[0] = spte
     return refused
@@ -122,6 +125,17 @@ cdef inline bint rmap_zap_all(Vm *vm, Slot *slot, uint64_t gfn, int level) noexc
         any = True
         index = pte_list_first(vm, head[0], &it)
     return any
+
+
+cdef inline void leaf_note(Vcpu *vcpu, uint64_t index, const Slot *slot, uint64_t gfn, bint refused,
+                           bint prefetch) noexcept nogil:
+    """What kernels of 2011 remember of a leaf besides: which slots a page maps, and the last entry made ahead."""
+    page_at(vcpu.vm, spte_page(index)).slot_bits |= <uint32_t>1 << (slot.id & 31)
+    if refused and vcpu.vm.switches.era & ERA_COUNT_OLD:
+        flush_own_tlb(vcpu)
+    if prefetch:
+        vcpu.ahead_spte = index
+        vcpu.ahead_gfn = gfn
 
 
 cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t access, uint64_t gfn, uint64_t pfn,
@@ -170,9 +184,11 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
         ev_set_spte(vm, vcpu.id, gfn, spte, index, level)
     if refused and fault != NULL and fault.write:
         ret = RET_PF_EMULATE
+    if vm.switches.era:
+        leaf_note(vcpu, index, slot, gfn, refused, prefetch)
     if flush:
         flush_remote_tlbs(vm)
-    spte_set_shadowed(vm, index, gfn, access)
+    spte_set_shadowed(vm, index, gfn, access & ACC_ALL)
     if not mapped:
         before = rmap_add(vm, slot, index, gfn)
         if before > vm.stats[<int>STAT_MAX_MMU_RMAP_SIZE]:

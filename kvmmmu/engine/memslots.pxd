@@ -184,3 +184,15 @@ cdef inline void slot_free(Slot *slot) noexcept nogil:
         free(slot.segments)
         free(slot.dirty)
         free(slot)
+
+
+cdef inline bint slot_is_mapped(const Slot *slot) noexcept nogil:
+    """Some spte maps a page of the slot."""
+    cdef uint64_t i
+    cdef int level
+    for level in range(LEVEL_4K, LEVEL_1G + 1):
+        if slot.rmap[level - 1] != NULL:
+            for i in range(slot_entries(slot, level)):
+                if slot.rmap[level - 1][i]:
+                    return True
+    return False

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
 from kvmmmu.engine.atomics cimport guest_store, spin_lock, spin_unlock, st_release_u32, st_u8
-from kvmmmu.engine.events cimport ev_set_spte_hva, ev_unmap_hva_range
+from kvmmmu.engine.events cimport ev_age_page, ev_set_spte_hva, ev_unmap_hva_range
 from kvmmmu.engine.hooks cimport MUTANT_NO_SEQ, POINT_NOTIFIER, hook, mutant
 from kvmmmu.engine.hostpages cimport (
     HOSTPAGE_ABSENT, HOSTPAGE_PRESENT, HOSTPAGE_SMALL, HOSTPAGE_STATE, host_state, host_state_set,
@@ -37,6 +37,20 @@ cdef inline bint slot_zap_gfns(Vm *vm, Slot *slot, uint64_t first, uint64_t end)
     return flush
 
 
+cdef inline bint slot_unmap(Vm *vm, Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t gfn
+    cdef bint flush = False, young
+    if not vm.switches.era & ERA_COUNT_OLD:
+        return slot_zap_gfns(vm, slot, first, end)
+    # Linux 3.1 goes page by page, and traces each as if it were looked at for ageing.
+    for gfn in range(first, end):
+        young = slot_zap_gfns(vm, slot, gfn, gfn + 1)
+        flush |= young
+        ev_age_page(vm, <uint64_t>slot.hva + ((gfn - slot.base_gfn) << 12), gfn,
+                    young and not vm.events.quiet_age)
+    return flush
+
+
 cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept nogil:
     """The host is about to take [start, end) away: no spte may map it afterwards."""
     cdef SlotSet *slots
@@ -59,8 +73,8 @@ cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept 
             if not any:
                 any = True
                 mmu_write_lock(vm)
-            flush |= slot_zap_gfns(vm, slot, slot.base_gfn + (<uint64_t>(low - slot.hva) >> 12),
-                                   slot.base_gfn + (<uint64_t>(high - slot.hva + 4095) >> 12))
+            flush |= slot_unmap(vm, slot, slot.base_gfn + (<uint64_t>(low - slot.hva) >> 12),
+                                slot.base_gfn + (<uint64_t>(high - slot.hva + 4095) >> 12))
     if not any:
         return
     if not mutant(vm, MUTANT_NO_SEQ):
@@ -73,7 +87,10 @@ cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept 
 
 cdef inline void page_replaced(Vm *vm, uint8_t *hva) noexcept nogil:
     """The host copied a page on write: the old mapping went, the new one is announced."""
+    # Linux 3.1 announces the new mapping alone, and that it dropped something nobody hears.
+    vm.events.quiet_age = 1
     unmap_hva_range(vm, hva, hva + 4096)
+    vm.events.quiet_age = 0
     ev_set_spte_hva(vm, <uint64_t>hva)
 
 

@@ -49,7 +49,7 @@ cdef inline bint prefetch_gpte(Vcpu *vcpu, uint64_t index, uint64_t gpte, bint a
     cdef uint64_t gfn, pfn
     cdef Slot *slot
     if gpte_unusable(vm, p, index, gpte):
-        return False
+        return (vm.switches.era & ERA_PREFETCH_SKIPS) != 0
     gfn = gpte_gfn(p, gpte)
     access = gpte_clean_access(sp, p.format, gpte)
     slot = vcpu_slot(vcpu, gfn)
@@ -108,7 +108,7 @@ cdef inline void prefetch_direct(Vcpu *vcpu, uint64_t index) noexcept nogil:
             start = 0
         elif not start:
             start = here
-    if start:
+    if start and not vm.switches.era & ERA_PREFETCH_NO_TAIL:
         prefetch_run(vcpu, start, first + PREFETCH_WINDOW)
 
 

@@ -9,12 +9,12 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed
+from kvmmmu.engine.dirty cimport INITIALLY_SET, slot_logging_changed, slot_unchanged
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock, vm_drain
 from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commit_unbind, hostmem_plan_bind,
                                     hostmem_plan_unbind, plan_drop)
 from kvmmmu.engine.hooks cimport POINT_SLOT_INVALID, POINT_SLOT_ZAPPED, hook
-from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_make_arrays
+from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_is_mapped, slot_make_arrays
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.slotsets cimport slots_publish, slots_settle, slotset_new, slotset_overlap, slotset_replace
 from kvmmmu.engine.tdp cimport tdp_invalidate_roots, tdp_zap_invalid_roots
@@ -304,6 +304,8 @@ cdef inline int region_move(Vm *vm, Region *r, Work *w, Slot *old) noexcept nogi
     cdef bint made_dirty = False
     cdef bint ok
     cdef bint beyond = (r.gpa >> 12) + old.npages - 1 > vm_max_gfn(vm)
+    if vm.switches.era & ERA_ZAP_AT_ONCE and slot_is_mapped(old):
+        return region_refuse(r, ERR_FAULT, WHY_LIVE_SPTES, old.id)
     if not work_invalidate(vm, w, old):
         return region_refuse(r, ERR_NOMEM, WHY_NO_MEMORY, 0)
     if beyond:
@@ -401,6 +403,8 @@ cdef inline int region_apply(Vm *vm, Region *r) noexcept nogil:
         if old != NULL and r.size:
             r.size = old.npages << 12
     err = region_check(vm, r, old)
+    if err == ERR_NONE and r.change == CHANGE_NONE:
+        slot_unchanged(vm, old)
     if err != ERR_NONE or r.change == CHANGE_NONE:
         return err
     work_clear(&w)

@@ -4,15 +4,16 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport CpuRegs, FAULT_NONE, FAULT_PDPTE, paging_pdptr_bad, va_canonical
+from kvmmmu.bits.paging cimport CpuRegs, va_canonical
 from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.atomics cimport ld_u64
-from kvmmmu.engine.guest cimport guest_host
+from kvmmmu.engine.guest cimport guest_host, guest_pdpte_bad
 from kvmmmu.engine.locks cimport request
 from kvmmmu.engine.roles cimport guest_formats, is_pae_paging, is_paging, roles_refresh, tdp_enabled
 from kvmmmu.engine.roots cimport (
     ROOTS_ALL, ROOT_CURRENT, context_reset, invlpg_root, root_switch, roots_free,
 )
+from kvmmmu.engine.tlb cimport flush_own_tlb
 from kvmmmu.engine.state cimport (
     MMU_NPT, MMU_SHADOW, PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, VSTAT_INVLPG, Vcpu,
     Vm,
@@ -40,7 +41,7 @@ cdef inline int pdptrs_load(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
         return REG_GP
     for i in range(4):
         loaded[i] = ld_u64(<const uint64_t *>host + i)
-        if paging_pdptr_bad(loaded[i], &vcpu.model):
+        if guest_pdpte_bad(vcpu, loaded[i]):
             return REG_GP
     if memcmp(loaded, vcpu.regs.pdptr, sizeof(loaded)) != 0:
         if not tdp_enabled(vcpu.vm):
@@ -55,6 +56,11 @@ cdef inline uint64_t active_pcid(const Vcpu *vcpu) noexcept nogil:
 cdef inline void pcid_flush(Vcpu *vcpu, uint64_t pcid) noexcept nogil:
     """Everything cached for a PCID may be stale: sync the current root, drop previous ones of it."""
     cdef int i, which = 0
+    if vcpu.vm.switches.era & ERA_COUNT_OLD:
+        if vcpu.root.page:
+            flush_own_tlb(vcpu)
+            request(vcpu, REQ_MMU_SYNC)
+        return
     if active_pcid(vcpu) == pcid:
         request(vcpu, REQ_MMU_SYNC | REQ_TLB_FLUSH_CURRENT)
     if not vcpu.regs.cr4 & CR4_PCIDE:
@@ -108,7 +114,7 @@ cdef inline bint cr3_legal(const Vcpu *vcpu, uint64_t cr3) noexcept nogil:
 cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
     """MOV to CR3.  REG_GP: refused, nothing changed."""
     cdef bint keep = False
-    cdef uint64_t pcid = 0
+    cdef uint64_t pcid = 0, old = vcpu.regs.cr3
     if vcpu.guest_mode:
         return REG_GP  # L2's registers are not modelled
     if vcpu.regs.cr4 & CR4_PCIDE:
@@ -116,6 +122,9 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
         value &= ~CR3_NOFLUSH
         pcid = value & CR3_PCID_MASK
     if not cr3_legal(vcpu, value):
+        return REG_GP
+    if (value != vcpu.regs.cr3 and vcpu.vm.switches.era & ERA_CR3_NEEDS_SLOT and not tdp_enabled(vcpu.vm)
+            and guest_host(vcpu, value & PT_ADDR_MASK) == NULL):
         return REG_GP
     if value != vcpu.regs.cr3 or is_pae_paging(vcpu):
         # With nested paging SVM reads PDPTEs at each walk; loading CR3 does not (APM vol. 2 section 15.25).
@@ -129,7 +138,7 @@ cdef inline int load_cr3(Vcpu *vcpu, uint64_t value) noexcept nogil:
     # Under TDP the processor loads CR3 by itself; KVM has nothing to synchronise.
     if tdp_enabled(vcpu.vm):
         tlb_mov_cr3(vcpu, keep)
-    elif not keep:
+    elif not keep and not (vcpu.vm.switches.era & ERA_ONE_ROOT and value != old):
         pcid_flush(vcpu, pcid)
     return REG_OK
 
@@ -157,7 +166,8 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if value >> 32 or not mode_legal(value, vcpu.regs.cr4, vcpu.regs.efer):
         return REG_GP
     # Long mode is left from compatibility mode only.
-    if not value & CR0_PG and (vcpu.regs.cr4 & CR4_PCIDE or vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat):
+    if not value & CR0_PG and (vcpu.regs.cr4 & CR4_PCIDE or vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat
+                               and not vcpu.vm.switches.era & ERA_CR0_LAX):
         return REG_GP
     if (value & CR0_PG and not vcpu.regs.efer & EFER_LME and vcpu.regs.cr4 & CR4_PAE
             and changed & (CR0_PG | CR0_CD | CR0_NW)):
@@ -168,7 +178,7 @@ cdef inline int mov_cr0(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if changed & CR0_PG and not value & CR0_PG:
         request(vcpu, REQ_TLB_FLUSH_GUEST)
     # A change of WP and nothing else touches no table of the second dimension.
-    if changed == CR0_WP and tdp_enabled(vcpu.vm):
+    if changed == CR0_WP and tdp_enabled(vcpu.vm) and not vcpu.vm.switches.era & ERA_ONE_ROOT:
         roles_refresh(vcpu)
     elif changed & (CR0_PG | CR0_WP):
         context_reset(vcpu)
@@ -182,6 +192,10 @@ cdef inline int mov_cr4(Vcpu *vcpu, uint64_t value) noexcept nogil:
     cdef bint long_mode = (vcpu.regs.efer & EFER_LMA) != 0
     if long_mode and (not value & CR4_PAE or changed & CR4_LA57):
         return REG_GP
+    if vcpu.vm.switches.era & ERA_CR4_STRICT:
+        if value & (CR4_SMAP | CR4_PKE | CR4_PCIDE | CR4_LA57):
+            return REG_GP
+        role_bits |= CR4_PGE
     if vcpu.vm.mmu == MMU_SHADOW and value & CR4_PKE and vcpu.regs.pkru:
         return REG_GP
     if value & CR4_PCIDE and changed & CR4_PCIDE:
@@ -210,6 +224,7 @@ cdef inline int write_efer(Vcpu *vcpu, uint64_t value) noexcept nogil:
     if vcpu.guest_mode or is_paging(vcpu) and (old ^ value) & EFER_LME:
         return REG_GP
     vcpu.regs.efer = (value & ~EFER_LMA) | (old & EFER_LMA)
+    vcpu.role_nx = value & EFER_NX
     if (old ^ value) & (EFER_LME | EFER_NX):
         context_reset(vcpu)
     return REG_OK

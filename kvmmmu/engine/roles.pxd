@@ -31,6 +31,8 @@ cdef inline uint64_t cpu_role(const Vcpu *vcpu) noexcept nogil:
     cdef uint32_t base = (ACC_ALL << ROLE_ACCESS_SHIFT) | (<uint32_t>vcpu.smm << ROLE_SMM_SHIFT)
     cdef uint32_t ext = ROLE_EXT_VALID
     if not cr0 & CR0_PG:
+        if vcpu.vm.switches.era & ERA_ROLE_PLAIN and cr0 & CR0_WP:
+            base |= ROLE_CR0_WP
         return <uint64_t>(base | ROLE_DIRECT) | (<uint64_t>ext << 32)
     if efer & EFER_NX:
         base |= ROLE_EFER_NX
@@ -72,10 +74,19 @@ cdef inline uint32_t calc_root_role(const Vcpu *vcpu) noexcept nogil:
     cdef uint32_t role = <uint32_t>vcpu.cpu_role
     cdef uint32_t fixed = (ACC_ALL << ROLE_ACCESS_SHIFT) | ROLE_EFER_NX
     if tdp_enabled(vcpu.vm):
+        if vcpu.vm.switches.era & ERA_NX_BY_GUEST:
+            fixed &= ~ROLE_EFER_NX
+        if vcpu.vm.switches.era & ERA_ROLE_PLAIN:
+            return fixed | ROLE_DIRECT | <uint32_t>tdp_level(vcpu) | (<uint32_t>vcpu.smm << ROLE_SMM_SHIFT)
         role = fixed | ROLE_DIRECT | ROLE_CR0_WP | <uint32_t>tdp_level(vcpu) | (<uint32_t>vcpu.smm << ROLE_SMM_SHIFT)
         return role | (0 if vcpu.vm.masks.ad_enabled else ROLE_AD_DISABLED)
     # KVM's own tables always run with NX, and at least three levels.
-    role |= ROLE_EFER_NX
+    if not vcpu.vm.switches.era & ERA_NX_BY_GUEST:
+        role |= ROLE_EFER_NX
+    else:
+        role &= ~ROLE_EFER_NX
+        if vcpu.role_nx:
+            role |= ROLE_EFER_NX
     if role_level(role) < LEVEL_1G:
         role = (role & ~ROLE_LEVEL_MASK) | 3
     return role
@@ -120,6 +131,8 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     regs.cr0 = CR0_PE | CR0_PG | CR0_WP
     regs.cr4 = CR4_PAE
     regs.efer = EFER_NX
+    if vm.switches.era & ERA_NX_BY_GUEST:
+        regs.efer = vcpu.regs.efer & EFER_NX
     regs.pkru = vcpu.regs.pkru
     # The width of linear addresses is the guest's own, whoever made the tables.
     regs.compat = vcpu.regs.compat

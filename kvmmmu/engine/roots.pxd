@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport va_canonical
+from kvmmmu.bits.paging cimport FMT_32, va_canonical
 from kvmmmu.engine.atomics cimport guest_enter, guest_exit, in_guest, ld_acquire_u32, st_u32
 from kvmmmu.engine.locks cimport (
     ld_acquire_u32, mmu_write_lock, mmu_write_unlock, request, request_take,
@@ -15,6 +15,7 @@ from kvmmmu.engine.pages cimport (
     cache_drop, page_alloc, page_at, page_lags, page_obsolete, page_role, page_sptes,
     role_level, role_with_level, role_with_quadrant, root_table,
 )
+from kvmmmu.engine.rewrite cimport table_rewrite
 from kvmmmu.engine.roles cimport hw_root, is_long_mode, is_paging, roles_refresh, tdp_enabled
 from kvmmmu.engine.shadow cimport page_get
 from kvmmmu.engine.state cimport (
@@ -23,6 +24,7 @@ from kvmmmu.engine.state cimport (
     VSTAT_TLB_FLUSH, Vcpu, Vm,
 )
 from kvmmmu.engine.sync cimport sync_children, sync_gva
+from kvmmmu.engine.tlb cimport flush_own_tlb
 from kvmmmu.engine.tdp cimport tdp_root_get, tdp_root_put, tdp_zap_everything
 from kvmmmu.engine.tlbflush cimport tlb_flush_all, tlb_flush_guest, tlb_flush_gva, tlb_invlpg
 from kvmmmu.engine.zap cimport list_init, make_pages_available, zap_commit, zap_everything, zap_prepare
@@ -101,7 +103,9 @@ cdef inline void roots_free_obsolete(Vcpu *vcpu) noexcept nogil:
 cdef inline void context_reset(Vcpu *vcpu) noexcept nogil:
     """The paging mode changed: no root of the old one may be used."""
     roots_free(vcpu, ROOTS_ALL)
-    mmio_cache_clear_all(vcpu)
+    # (Linux 3.1 forgets the record when a paging guest gets its new root, and without paging not at all.)
+    if not vcpu.vm.switches.era & ERA_ONE_ROOT:
+        mmio_cache_clear_all(vcpu)
     roles_refresh(vcpu)
 
 # ---- building -----------------------------------------------------------------
@@ -247,13 +251,16 @@ cdef inline void prev_roots_free_unsync(Vcpu *vcpu) noexcept nogil:
 cdef inline void invlpg_root(Vcpu *vcpu, int32_t root, uint64_t gva) noexcept nogil:
     cdef int level
     cdef int32_t table
+    cdef uint64_t gpte_gpa
     mmio_cache_clear_gva(vcpu, gva)
     if root == 0:
         return
     mmu_write_lock(vcpu.vm)
     table = root_table(vcpu.vm, root, gva, &level)
     if table:
-        sync_gva(vcpu, table, level, gva)
+        gpte_gpa = sync_gva(vcpu, table, level, gva)
+        if gpte_gpa != ALL_ONES:
+            table_rewrite(vcpu, gpte_gpa, 4 if vcpu.guest.format == FMT_32 else 8)
     mmu_write_unlock(vcpu.vm)
 
 cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
@@ -266,6 +273,8 @@ cdef inline void vcpu_invlpg(Vcpu *vcpu, uint64_t gva) noexcept nogil:
         return
     gva &= vcpu.guest.va_mask
     vcpu.stats[<int>VSTAT_INVLPG] += 1
+    if vcpu.vm.switches.era & ERA_COUNT_OLD:
+        flush_own_tlb(vcpu)
     if not va_canonical(gva, vcpu.guest.va_shift):
         return
     tlb_flush_gva(vcpu, gva)
@@ -318,6 +327,10 @@ cdef inline bint root_rotate(Vcpu *vcpu, uint64_t pgd) noexcept nogil:
 
 cdef inline void root_switch(Vcpu *vcpu, uint64_t pgd) noexcept nogil:
     """CR3 takes another value: reuse a root if one is kept, else leave none."""
+    if vcpu.vm.switches.era & ERA_ONE_ROOT:
+        if not vcpu.root_role & ROLE_DIRECT:
+            roots_free(vcpu, ROOT_CURRENT)
+        return
     if vcpu.root.page and page_at(vcpu.vm, vcpu.root.page).special:
         roots_free(vcpu, ROOT_CURRENT)
     if not root_rotate(vcpu, pgd):
@@ -381,15 +394,16 @@ cdef inline int requests_serve(Vcpu *vcpu) noexcept nogil:
         roots_sync(vcpu)
     if request_take(vcpu, REQ_LOAD_PGD) and vcpu.root.page:
         hw_root(vcpu)
+    cdef int counted = 0 if vcpu.vm.switches.era & ERA_COUNT_OLD else 1
     if request_take(vcpu, REQ_TLB_FLUSH):
-        vcpu.stats[<int>VSTAT_TLB_FLUSH] += 1
+        vcpu.stats[<int>VSTAT_TLB_FLUSH] += counted
         tlb_flush_all(vcpu)
         request_take(vcpu, REQ_TLB_FLUSH_CURRENT)
     if request_take(vcpu, REQ_TLB_FLUSH_CURRENT):
-        vcpu.stats[<int>VSTAT_TLB_FLUSH] += 1
+        vcpu.stats[<int>VSTAT_TLB_FLUSH] += counted
         tlb_flush_all(vcpu)
     if request_take(vcpu, REQ_TLB_FLUSH_GUEST):
-        vcpu.stats[<int>VSTAT_TLB_FLUSH] += 1
+        vcpu.stats[<int>VSTAT_TLB_FLUSH] += counted
         if not tdp_enabled(vcpu.vm):
             roots_sync(vcpu)
             prev_roots_free_unsync(vcpu)

@@ -14,9 +14,11 @@ from kvmmmu.engine.leaf cimport (
 )
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end
 from kvmmmu.engine.memslots cimport level_pages
+from kvmmmu.engine.locks cimport request
 from kvmmmu.engine.nxpages cimport nx_disallow
 from kvmmmu.engine.pages cimport (
-    gfn_bucket, hash_add, level_index, list_add_head, page_alloc, page_at, page_obsolete, page_sptes,
+    gfn_bucket, gfn_first_page, gfn_next_page, hash_add, level_index, list_add_head, page_alloc, page_at,
+    page_obsolete, page_sptes,
     role_access, role_has_gptes, role_level, role_with_access, role_with_level, role_with_quadrant, root_table,
     spte_at, spte_page,
 )
@@ -25,25 +27,28 @@ from kvmmmu.engine.prefetch cimport prefetch_window
 from kvmmmu.engine.rmap cimport pte_list_add
 from kvmmmu.engine.sptes cimport parent_remove, spte_drop, spte_read, spte_write
 from kvmmmu.engine.state cimport (
-    ERR_NOSPC, Fault, LIST_ACTIVE, PageList, STAT_MAX_MMU_PAGE_HASH_COLLISIONS, STAT_MMU_CACHE_MISS,
+    ERR_NOSPC, Fault, LIST_ACTIVE, PageList, REQ_MMU_SYNC, STAT_MAX_MMU_PAGE_HASH_COLLISIONS, STAT_MMU_CACHE_MISS,
     ShadowPage, Vcpu, Vm,
 )
 from kvmmmu.engine.sync cimport sync_children, sync_or_zap
-from kvmmmu.engine.tlb cimport flush_remote_tlbs
+from kvmmmu.engine.tlb cimport flush_own_tlb, flush_remote_tlbs
 from kvmmmu.engine.track cimport account_shadowed, mark_spte_unsync
-from kvmmmu.engine.zap cimport list_init, zap_commit, zap_prepare
+from kvmmmu.engine.zap cimport list_init, page_unmark_unsync, zap_commit, zap_prepare
 
 
 cdef inline uint32_t child_role(Vcpu *vcpu, uint32_t parent, int parent_entry, bint direct,
                                 uint32_t access) noexcept nogil:
     """A child keeps its parent's role but for level, access and kind."""
     cdef uint32_t role = role_with_access(role_with_level(parent, role_level(parent) - 1), access)
-    role &= ~(ROLE_DIRECT | ROLE_PASSTHROUGH)
-    if direct:
-        role |= ROLE_DIRECT
+    # Linux 3.1 builds on under a root that was recycled while in use.
+    role &= ~(ROLE_DIRECT | ROLE_PASSTHROUGH | ROLE_INVALID)
     # A 32-bit guest table has 1024 entries: two shadow pages, by the low bit of the parent's entry.
     if role & ROLE_4BYTE_GPTE and role_level(role) == LEVEL_4K:
         role = role_with_quadrant(role, parent_entry & 1)
+    if direct:
+        role |= ROLE_DIRECT
+        if vcpu.vm.switches.era & ERA_ROLE_PLAIN:
+            role &= ~ROLE_4BYTE_GPTE
     return role
 
 
@@ -56,6 +61,8 @@ cdef inline int32_t page_find(Vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept 
     cdef ShadowPage *sp
     cdef uint64_t collisions = 0
     cdef int result
+    if vm.switches.era & ERA_LOOKUP_SYNCS:
+        return page_find_old(vcpu, gfn, role)
     list_init(&invalid)
     while id:
         sp = page_at(vm, id)
@@ -88,6 +95,46 @@ cdef inline int32_t page_find(Vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept 
     return found
 
 
+cdef inline int32_t page_find_old(Vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept nogil:
+    """Linux 3.1: a found page whose children lag is synchronised at the next entry, not now."""
+    cdef Vm *vm = vcpu.vm
+    cdef PageList invalid
+    cdef int32_t id = vm.hash[gfn_bucket(gfn)], found = 0
+    cdef ShadowPage *sp
+    list_init(&invalid)
+    while id:
+        sp = page_at(vm, id)
+        if sp.gfn == gfn and sp.role == role:
+            if sp.unsync:
+                if sync_or_zap(vcpu, id, &invalid) < 0:
+                    break
+                flush_own_tlb(vcpu)
+            if sp.unsync_children:
+                request(vcpu, REQ_MMU_SYNC)
+            found = id
+            break
+        id = sp.hash_next
+    zap_commit(vm, &invalid)
+    return found
+
+
+cdef inline void sync_gfn(Vcpu *vcpu, uint64_t gfn) noexcept nogil:
+    """A table is about to be used above the last level: its unsync pages are brought in line and stay so."""
+    cdef Vm *vm = vcpu.vm
+    cdef PageList invalid
+    cdef int32_t id = gfn_first_page(vm, gfn)
+    cdef bint any = False
+    list_init(&invalid)
+    while id:
+        if page_at(vm, id).unsync:
+            page_unmark_unsync(vm, vcpu.id, id)
+            any |= sync_or_zap(vcpu, id, &invalid) >= 0
+        id = gfn_next_page(vm, id, gfn)
+    zap_commit(vm, &invalid)
+    if any:
+        flush_own_tlb(vcpu)
+
+
 cdef inline int32_t page_get(Vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept nogil:
     """Find or make the shadow page of (gfn, role); 0 when the arena is full."""
     cdef Vm *vm = vcpu.vm
@@ -109,6 +156,8 @@ cdef inline int32_t page_get(Vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept n
         hash_add(vm, id)
         if role_has_gptes(role):
             account_shadowed(vm, id)
+            if vm.switches.era & ERA_LOOKUP_SYNCS and role_level(role) > LEVEL_4K:
+                sync_gfn(vcpu, gfn)
     ev_get_page(vm, vcpu.id, id, created)
     return id
 
@@ -214,7 +263,9 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
     cdef int32_t child
     cdef int32_t table = root_table(vm, vcpu.root.page, f.addr, &level)
     cdef uint64_t index
-    cdef uint32_t direct_access = w.pte_access
+    # The WP=0 form of the rights belongs to the leaf alone where pages say what the guest's entry allows.
+    cdef bint path = (vm.switches.era & ERA_PATH_ACCESS) != 0
+    cdef uint32_t direct_access = f.access if path else w.pte_access
     cdef uint64_t base_gfn = f.gfn
     if table == 0:
         return RET_PF_RETRY
@@ -224,12 +275,13 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
     while level > w.level:
         index = (<uint64_t>table << 9) + <uint64_t>level_index(f.addr, level)
         st_u32(&page_at(vm, table).flooding, 0)
-        child = step_into(vcpu, index, w.entry_gpas[level - 1] >> 12, False, w.acc_above[level - 1], &error)
+        child = step_into(vcpu, index, w.entry_gpas[level - 1] >> 12, False,
+                          w.acc_above[w.level] if path else w.acc_above[level - 1], &error)
         if child == 0:
             return error
         if child < 0:
             child = -child
-            if page_at(vm, child).unsync_children:
+            if page_at(vm, child).unsync_children and not vm.switches.era & ERA_LOOKUP_SYNCS:
                 sync_children(vcpu, child)
             if gpte_changed(vcpu, w, level - 1):
                 return RET_PF_RETRY
@@ -261,7 +313,7 @@ cdef inline int shadow_map(Vcpu *vcpu, Fault *f, const Walk *w) noexcept nogil:
         table = child
         level -= 1
     ret = leaf_install(vcpu, f.slot, index, w.pte_access, base_gfn, f.pfn, f, f.map_writable, False)
-    if ret != RET_PF_SPURIOUS:
+    if ret != RET_PF_SPURIOUS or path:
         prefetch_window(vcpu, index)
     return ret
 
@@ -296,6 +348,6 @@ cdef inline int direct_map(Vcpu *vcpu, Fault *f) noexcept nogil:
         table = child
         level -= 1
     ret = leaf_install(vcpu, f.slot, index, ACC_ALL, base_gfn, f.pfn, f, f.map_writable, False)
-    if ret != RET_PF_SPURIOUS:
+    if ret != RET_PF_SPURIOUS or vm.switches.era & ERA_PATH_ACCESS:
         prefetch_window(vcpu, index)
     return ret

@@ -138,6 +138,7 @@ cdef enum:
     WHY_NO_FRAMES
     WHY_CLOSED
     WHY_HELD
+    WHY_LIVE_SPTES
 
 cdef struct Region:
     # The arguments of KVM_SET_USER_MEMORY_REGION and what came of them.
@@ -179,7 +180,7 @@ cdef struct ShadowPage:
     uint8_t nx_disallowed
     uint8_t on_list       # LIST_*
     uint8_t special       # a PAE root table: entries, but no gfn, role or list
-    uint32_t unused
+    uint32_t slot_bits    # slots (id mod 32) that a leaf here was ever made for
 
 cdef enum:
     LIST_NONE = 0
@@ -227,6 +228,7 @@ cdef struct EventRing:
     uint64_t head         # records ever written
     uint64_t tail         # records ever read
     uint64_t dropped
+    uint8_t quiet_age     # kvm_age_page says OLD whatever was dropped
 
 # By tracepoint; the fields w[0..6] of each stand in events.pxd.  Append only, below 64.
 cdef enum:
@@ -262,6 +264,7 @@ cdef enum:
     EV_KVM_EXIT
     EV_KVM_CR
     EV_KVM_MSR
+    EV_KVM_AGE_PAGE
     EV_KINDS
 
 # The order is the order of the names in _core; append only.
@@ -281,6 +284,7 @@ cdef enum:
     STAT_MAX_MMU_PAGE_HASH_COLLISIONS
     STAT_REMOTE_TLB_FLUSH
     STAT_REMOTE_TLB_FLUSH_REQUESTS
+    STAT_MMU_PTE_UPDATED
     VM_STATS
 
 cdef enum:
@@ -302,6 +306,7 @@ cdef enum:
     VSTAT_MMIO_SLOW
     VSTAT_SLOT_SEARCH
     VSTAT_GUEST_WALK
+    VSTAT_MMIO_REFILL     # of the hits on an mmio spte: a flush had emptied the record of the last page
     # Not KVM's either: the processor's caches of translations, counted while the vCPU has some.
     VSTAT_TLB_HIT
     VSTAT_TLB_MISS
@@ -459,6 +464,11 @@ cdef struct Vcpu:
     int32_t last_root     # the root last loaded: what there is to look at while none is
     int32_t pae_root      # special page with 4 entries, made on first need
     MmioCache mmio
+    uint64_t role_nx      # EFER.NX as the last WRMSR set it: what a role says where SREGS is not asked
+    uint64_t written_gfn  # the table the guest wrote last by emulation, and how often in a row
+    uint32_t written_times
+    uint64_t ahead_spte   # the spte last made ahead of its use, and its gfn: was it used, the table is alive
+    uint64_t ahead_gfn
     uint64_t stats[64]    # written by the owner of the vCPU alone
     Tlb *tlb              # NULL: the processor caches nothing
     int32_t free_pages[8]  # taken from the arena before mmu_lock
@@ -491,6 +501,7 @@ cdef struct Switches:
     uint8_t tdp_mmu
     uint8_t nx_huge_pages
     uint8_t eager_split   # split huge mappings when dirty logging starts
+    uint64_t era          # ERA_*: each a decision that older kernels take otherwise
     uint8_t manual_protect  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: bit 0 manual, bit 1 initially set
 
 cdef struct Vm:

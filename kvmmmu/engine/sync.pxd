@@ -15,7 +15,7 @@ from kvmmmu.engine.pages cimport (
 from kvmmmu.engine.prefetch cimport gpte_clean_access, gpte_unusable, page_gpte_gpa, prefetch_gpte
 from kvmmmu.engine.sptes cimport spte_drop, spte_read, spte_update, spte_write, spte_zap
 from kvmmmu.engine.state cimport PageList, ShadowPage, Slot, Vcpu, Vm
-from kvmmmu.engine.tlb cimport flush_remote_tlbs
+from kvmmmu.engine.tlb cimport flush_own_tlb, flush_remote_tlbs
 from kvmmmu.engine.track cimport write_protect_gfn
 from kvmmmu.engine.zap cimport list_init, page_unmark_unsync, unsync_child, unsync_next, zap_commit, zap_prepare
 
@@ -75,12 +75,18 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
     cdef uint64_t base = <uint64_t>id << 9
     cdef uint32_t ignored = (ROLE_LEVEL_MASK | ROLE_ACCESS_MASK | ROLE_QUADRANT_MASK | ROLE_PASSTHROUGH)
     cdef int i, flush = 0
+    cdef bint empty = True
+    cdef uint64_t spte
     cdef int size = 2 if vcpu.guest.format == FMT_32 else 3
     cdef uint8_t *host = NULL
+    if vm.switches.era & ERA_LOOKUP_SYNCS:
+        # Linux 3.1 compares the size of the guest's entries alone.
+        ignored = ~ROLE_4BYTE_GPTE
     if (sp.role ^ vcpu.root_role) & ~ignored:
         return -1
     for i in range(ENTRIES):
-        if spte_read(spte_at(vm, base + <uint64_t>i)) == 0:
+        spte = spte_read(spte_at(vm, base + <uint64_t>i))
+        if spte == 0 or vm.switches.era & ERA_MMIO_SURVIVES and spte_is_mmio(&vm.masks, spte):
             continue
         if host == NULL:
             # The guest's entries stand in one page: its slot is looked for once.
@@ -88,7 +94,8 @@ cdef inline int sync_page(Vcpu *vcpu, int32_t id) noexcept nogil:
             if host == NULL:
                 return -1
         flush |= sync_spte(vcpu, sp, base + <uint64_t>i, gpte_load(vcpu.guest.format, host + (i << size)))
-    return flush
+        empty &= spte_read(spte_at(vm, base + <uint64_t>i)) == 0
+    return -1 if empty and vm.switches.era & ERA_SYNC_EMPTY_ZAPS else flush
 
 cdef inline int sync_or_zap(Vcpu *vcpu, int32_t id, PageList *invalid) noexcept nogil:
     cdef int result = sync_page(vcpu, id)
@@ -152,7 +159,7 @@ cdef inline void sync_children(Vcpu *vcpu, int32_t id) noexcept nogil:
     cdef ShadowPage *sp
     cdef Slot *slot
     cdef bint changed, flush
-    cdef int j, level
+    cdef int j, level, result
     while page_at(vm, id).unsync_children:
         b.used = 1
         b.n = 0
@@ -176,7 +183,10 @@ cdef inline void sync_children(Vcpu *vcpu, int32_t id) noexcept nogil:
         for j in range(b.n):
             if page_at(vm, b.leaf[j]).unsync:
                 page_unmark_unsync(vm, vcpu.id, b.leaf[j])
-                flush |= sync_or_zap(vcpu, b.leaf[j], &invalid) > 0
+                result = sync_or_zap(vcpu, b.leaf[j], &invalid)
+                flush |= result > 0
+                if result >= 0 and vm.switches.era & ERA_COUNT_OLD:
+                    flush_own_tlb(vcpu)
             batch_clear_parents(vm, &b, j)
         if invalid.head:
             zap_commit(vm, &invalid)
@@ -184,10 +194,11 @@ cdef inline void sync_children(Vcpu *vcpu, int32_t id) noexcept nogil:
             flush_remote_tlbs(vm)
 
 
-cdef inline void sync_gva(Vcpu *vcpu, int32_t table, int level, uint64_t gva) noexcept nogil:
+cdef inline uint64_t sync_gva(Vcpu *vcpu, int32_t table, int level, uint64_t gva) noexcept nogil:
     """INVLPG in one root: drop the leaf of an unsync page and map what the guest says now.
 
-    A page in sync cannot be stale, so nothing below it is touched.
+    A page in sync cannot be stale, so nothing below it is touched.  Where the entry itself is to be taken anew by
+    every page of its table (2011), its address comes back; else all ones.
     """
     cdef Vm *vm = vcpu.vm
     cdef ShadowPage *sp
@@ -199,14 +210,21 @@ cdef inline void sync_gva(Vcpu *vcpu, int32_t table, int level, uint64_t gva) no
         spte = spte_read(spte_at(vm, index))
         if level == LEVEL_4K or spte_present(spte) and spte_is_last(spte, level):
             if not sp.unsync:
-                return
+                return ALL_ONES
+            if vm.switches.era & ERA_INVLPG_REWRITES:
+                if spte_present(spte) or not vm.switches.era & ERA_MMIO_SURVIVES:
+                    if spte_zap(vm, index):
+                        flush_remote_tlbs(vm)
+                elif spte:
+                    return ALL_ONES
+                return page_gpte_gpa(sp, <int>(index & 511), vcpu.guest.format)
             host = guest_host_atomic(vcpu, page_gpte_gpa(sp, <int>(index & 511), vcpu.guest.format))
             if spte_zap(vm, index):
                 flush_remote_tlbs(vm)
             if host != NULL:
                 prefetch_gpte(vcpu, index, gpte_load(vcpu.guest.format, host), True)
-            return
+            return ALL_ONES
         if not sp.unsync_children or not spte_present(spte):
-            return
+            return ALL_ONES
         table = <int32_t>spte_pfn(spte)
         level -= 1

@@ -11,10 +11,10 @@ from kvmmmu.engine.lookup cimport slot_allow_large, slot_forbid_large, vm_slot
 from kvmmmu.engine.memslots cimport gfn_to_rmap, gfn_to_write_track
 from kvmmmu.engine.pages cimport (
     gfn_first_page, gfn_next_page, page_at, page_sptes, role_as_id, role_level, spte_page,
-    unsync_bit_set, level_index,
+    spte_at, unsync_bit_set, level_index,
 )
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next
-from kvmmmu.engine.sptes cimport spte_exchange, spte_read, spte_write_protect
+from kvmmmu.engine.sptes cimport spte_drop, spte_exchange, spte_read, spte_write_protect
 from kvmmmu.engine.state cimport STAT_MMU_UNSYNC, ShadowPage, Slot, Vm
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 
@@ -60,7 +60,14 @@ cdef inline bint write_protect_gfn(Vm *vm, Slot *slot, uint64_t gfn, int min_lev
         for level in range(min_level, LEVEL_1G + 1):
             index = pte_list_first(vm, gfn_to_rmap(slot, gfn, level)[0], &it)
             while index:
-                flush |= spte_write_protect(vm, index, True)
+                if level > LEVEL_4K and vm.switches.era & ERA_PROTECT_DROPS_LARGE:
+                    # The list changes with each drop: begin again.
+                    if spte_writable(spte_read(spte_at(vm, index))):
+                        flush |= spte_drop(vm, index)
+                        index = pte_list_first(vm, gfn_to_rmap(slot, gfn, level)[0], &it)
+                        continue
+                else:
+                    flush |= spte_write_protect(vm, index, True)
                 index = pte_list_next(vm, &it)
     if vm.tdp_roots:
         flush |= tdp_write_protect_gfn(vm, <int>slot.as_id, gfn, min_level)
@@ -135,7 +142,7 @@ cdef inline bint try_to_unsync(Vm *vm, int vcpu_id, Slot *slot, uint64_t gfn, bi
         if not can_unsync or role_level(sp.role) > LEVEL_4K:
             return True
         if not sp.unsync:
-            if prefetch:
+            if prefetch and not vm.switches.era & ERA_PREFETCH_UNSYNC:
                 return True
             ev_unsync_page(vm, vcpu_id, id)
             st_u8(&sp.unsync, 1)

@@ -116,6 +116,9 @@ cdef inline int64_t zap_prepare(Vm *vm, int vcpu_id, int32_t id, PageList *inval
         # Still the root of a vCPU: out of sight, alive until that root is dropped.
         if sp.on_list == LIST_ACTIVE:
             list_del(vm, &vm.active, id)
+        if vm.switches.era & ERA_ZAP_AT_ONCE:
+            # Linux 3.1 only moves it to the front, where the next zapping of everything meets it again.
+            list_add_head(vm, &vm.active, id, LIST_ACTIVE)
         # Before the request: who serves it looks at the role without a lock.
         page_invalidate(sp)
         if not was_obsolete:
@@ -147,6 +150,20 @@ cdef inline void list_init(PageList *lst) noexcept nogil:
     lst.n = 0
 
 
+cdef inline int64_t zap_oldest_any(Vm *vm, int vcpu_id, int64_t want) noexcept nogil:
+    """Linux 3.1: roots in use are recycled too, though that frees nothing; returns how many were taken on."""
+    cdef PageList invalid
+    cdef int64_t n = 0, goal = vm.used_pages - want
+    # Roots go round to the front: once round is enough where nothing else is left.
+    cdef int64_t most = 2 * vm.active.n
+    list_init(&invalid)
+    while vm.used_pages > goal and vm.active.tail and n < most:
+        zap_prepare(vm, vcpu_id, vm.active.tail, &invalid)
+        n += 1
+    zap_commit(vm, &invalid)
+    return n
+
+
 cdef inline int64_t zap_oldest(Vm *vm, int vcpu_id, int64_t want) noexcept nogil:
     """Zap non-root pages oldest first until ``want`` have gone or none is left."""
     cdef PageList invalid
@@ -154,6 +171,8 @@ cdef inline int64_t zap_oldest(Vm *vm, int vcpu_id, int64_t want) noexcept nogil
     cdef int32_t id = vm.active.tail
     cdef int32_t before
     list_init(&invalid)
+    if vm.switches.era & ERA_ZAP_AT_ONCE:
+        return zap_oldest_any(vm, vcpu_id, want)
     while id and n < want:
         before = page_at(vm, id).list_prev
         if page_at(vm, id).root_count == 0:
@@ -172,7 +191,10 @@ cdef inline bint make_pages_available(Vm *vm, int vcpu_id) noexcept nogil:
     cdef int64_t free = vm.max_pages - vm.used_pages if vm.max_pages > vm.used_pages else 0
     if free >= 5:
         return True
-    zap_oldest(vm, vcpu_id, 25 - free)
+    if vm.switches.era & ERA_ZAP_AT_ONCE:
+        vm.stats[<int>STAT_MMU_RECYCLED] += <uint64_t>zap_oldest(vm, vcpu_id, 25 - free)
+    else:
+        zap_oldest(vm, vcpu_id, 25 - free)
     return vm.max_pages > vm.used_pages
 
 
@@ -221,6 +243,10 @@ cdef inline void zap_all_fast(Vm *vm) noexcept nogil:
 
     The caller holds mmu_lock for write and then zaps the invalidated TDP roots.
     """
+    if vm.switches.era & ERA_ZAP_AT_ONCE:
+        zap_everything(vm)
+        request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
+        return
     ev_zap_all_fast(vm, vm.valid_gen, <uint64_t>vm.used_pages)
     st_u8(&vm.valid_gen, vm.valid_gen ^ 1)
     request_all(vm, REQ_FREE_OBSOLETE_ROOTS)
@@ -234,6 +260,12 @@ cdef inline void zap_everything(Vm *vm) noexcept nogil:
     cdef int32_t id = vm.active.head
     cdef int32_t after
     list_init(&invalid)
+    while id and vm.switches.era & ERA_ZAP_AT_ONCE:
+        # From the start again after every page that went: roots in use are met each time.
+        after = page_at(vm, id).list_next
+        if zap_prepare(vm, -1, id, &invalid):
+            after = vm.active.head
+        id = after
     while id:
         after = page_at(vm, id).list_next
         zap_prepare(vm, -1, id, &invalid)

@@ -15,7 +15,7 @@ EVENTS: Final = frozenset(
     "handle_mmio_page_fault check_mmio_spte fast_page_fault kvm_mmu_zap_all_fast kvm_mmu_set_spte "
     "kvm_mmu_spte_requested kvm_tdp_mmu_spte_changed kvm_mmu_split_huge_page kvm_page_fault vcpu_match_mmio kvm_mmio "
     "kvm_fast_mmio kvm_inj_exception kvm_emulate_insn kvm_unmap_hva_range kvm_set_spte_hva kvm_age_hva "
-    "kvm_test_age_hva kvm_exit kvm_cr kvm_msr role_get_page role_sync_page role_unsync_page "
+    "kvm_test_age_hva kvm_age_page kvm_exit kvm_cr kvm_msr role_get_page role_sync_page role_unsync_page "
     "role_prepare_zap_page".split()
 )
 

@@ -34,12 +34,16 @@ VCPU_COUNTERS: Final = frozenset(
     "directed_yield_successful".split()
 )
 VM_COUNTERS: Final = frozenset(
+    # The first two are Linux 3.1's alone.
+    "mmu_pte_updated largepages "
     "mmu_shadow_zapped mmu_pte_write mmu_pde_zapped mmu_flooded mmu_recycled mmu_cache_miss mmu_unsync pages_4k "
     "pages_2m pages_1g nx_lpage_splits max_mmu_rmap_size max_mmu_page_hash_collisions remote_tlb_flush "
     "remote_tlb_flush_requests".split()
 )
 KINDS: Final = ("table", "leaf", "mmio", "np")
-_PAGE = ("gfn", "role", "tdp", "unsync", "gen", "root_count", "unsync_children", "wfc", "nxdis")
+_PAGE = ("gfn", "role", "unsync", "root_count", "unsync_children")
+# Linux 3.1 has none of these.
+_LATER = ("tdp", "gen", "wfc", "nxdis")
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,11 @@ def parse_result(raw: bytes, where: str) -> Result:
     if not flag(top["complete"], f"{where}: complete"):
         raise FormatError(f"{where}: complete is false: the run was cut short")
     ops = [_op(row, i, f"{where}: ops[{i}]") for i, row in enumerate(rows(top["ops"], f"{where}: ops"))]
-    return Result(text(top["name"], f"{where}: name"), _stats(top["totals"], f"{where}: totals"), tuple(ops))
+    totals = top["totals"]
+    if isinstance(totals, dict):
+        # Not a counter: some operation went round for ever, so the rest says less.
+        totals = {name: value for name, value in totals.items() if name != "livelock"}
+    return Result(text(top["name"], f"{where}: name"), _stats(totals, f"{where}: totals"), tuple(ops))
 
 
 def _op(row: Any, index: int, where: str) -> OpResult:
@@ -160,13 +168,14 @@ def _tree(row: Any, where: str) -> tuple[TablePage, ...]:
 
 def _page(row: Any, where: str) -> TablePage:
     special = isinstance(row, dict) and "nosp" in row
-    row = fields(row, where, {"id", "level", "e"} | ({"nosp"} if special else set(_PAGE)))
+    later = set(_LATER) if isinstance(row, dict) and set(_LATER) & set(row) else set()
+    row = fields(row, where, {"id", "level", "e"} | ({"nosp"} if special else set(_PAGE) | later))
     level = text(row["level"], f"{where}: level")
     if not level.startswith("l"):
         raise FormatError(f"{where}: level {level!r}: expected l1 to l5")
     values = None
     if not special:
-        values = MappingProxyType({name: _hexadecimal(row, name, where) for name in _PAGE})
+        values = MappingProxyType({name: _hexadecimal(row, name, where) for name in row if name in (*_PAGE, *_LATER)})
     entries = tuple(_entry(entry, f"{where}: e[{i}]") for i, entry in enumerate(rows(row["e"], f"{where}: e")))
     return TablePage(text(row["id"], f"{where}: id"), number(level[1:], where), values, entries)
 

@@ -19,13 +19,21 @@ SCRIPTS = (
 ).split()
 
 
-def slice_archive(source: Path, target: Path) -> None:
+# Of the runs of Linux 3.1, where the eras differ: one script per point of the review of 2011, and what else changed.
+OLD = (
+    "seed_a_create_flat seed_b_recreate_p32 seed_c_gfn0_long seed_d_remap_long seed_d_emulated seed_e_remap_p32 "
+    "seed_e_switch_long seed_f_stalegfn_long seed_g_delbase mmio_basic mmio_slot pae_pdpte nx_toggle two_levels "
+    "dirty_pt unsync_p32 cr3_bad flood_long r31_006_pae r31_019_flat"
+).split()
+
+
+def slice_archive(source: Path, target: Path, chosen: list[str]) -> None:
     """Members of the chosen scripts, and ``setup.txt``."""
     with tarfile.open(source, "r:xz") as archive, tarfile.open(target, "w:xz", preset=9) as out:
         for member in archive:
             name = member.name.rsplit("/", 1)[-1]
             stream = archive.extractfile(member) if member.isfile() else None
-            if stream is None or not (name == "setup.txt" or name.split(".")[0] in SCRIPTS):
+            if stream is None or not (name == "setup.txt" or name.split(".")[0] in chosen):
                 continue
             data = stream.read()
             # Nothing of the machine that makes the copy stands in it.
@@ -35,11 +43,11 @@ def slice_archive(source: Path, target: Path) -> None:
 
 
 def main(shared: Path) -> None:
-    """Write ``golden/`` and ``golden-intel/`` beside this file."""
-    for folder in ("golden", "golden-intel"):
+    """Write ``golden/``, ``golden-intel/`` and ``golden-3.1/`` beside this file."""
+    for folder, chosen in {"golden": SCRIPTS, "golden-intel": SCRIPTS, "golden-3.1": OLD}.items():
         (HERE / folder).mkdir(exist_ok=True)
         for source in sorted((shared / folder).glob("*.tar.xz")):
-            slice_archive(source, HERE / folder / source.name)
+            slice_archive(source, HERE / folder / source.name, chosen)
 
 
 if __name__ == "__main__":

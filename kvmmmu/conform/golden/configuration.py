@@ -15,7 +15,10 @@ from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import FormatError
 from kvmmmu.golden import Setup
 
-__all__ = ["ARTEFACTS", "Configuration", "configure"]
+__all__ = ["ARTEFACTS", "PROFILES", "Configuration", "configure"]
+
+#: The behaviour profile that stands for a kernel.
+PROFILES: Final = MappingProxyType({(3, 1): "3.1", (6, 1): "6.1"})
 
 #: What each switch imitates.
 ARTEFACTS: Final = MappingProxyType(
@@ -51,6 +54,8 @@ class Configuration:
         The guest may set CR4.PCIDE.
     artefacts : frozenset of str
         Names from ``ARTEFACTS``.
+    era : str
+        The kernel, by the profile that stands for it.
     """
 
     mmu: Literal["shadow", "ept", "npt"]
@@ -59,6 +64,7 @@ class Configuration:
     behaviour: Behaviour
     pcid: bool
     artefacts: frozenset[str]
+    era: str
 
     @property
     def amd(self) -> bool:
@@ -74,11 +80,13 @@ def configure(setup: Setup, where: str) -> Configuration:
     FormatError
         Its kernel is one that no behaviour profile stands for.
     """
-    if setup.kernel != (6, 1):
-        raise FormatError(f"{where}: kernel {setup.kernel[0]}.{setup.kernel[1]}: golden runs of 6.1 can be checked")
+    if setup.kernel not in PROFILES:
+        known = " and ".join(PROFILES.values())
+        raise FormatError(f"{where}: kernel {setup.kernel[0]}.{setup.kernel[1]}: golden runs of {known} can be checked")
+    profile = PROFILES[setup.kernel]
     amd = setup.vendor == "amd"
     tdp = setup.on("kvm_amd.npt" if amd else "kvm_intel.ept", True)
-    scheme: MmioScheme = "generation"
+    scheme: MmioScheme | None = None
     # KVM itself turns the parameter off where no reserved address bit is left; that rule is the model's own.
     if not setup.on("kvm.mmio_caching", True) and setup.maxphyaddr < 52:
         scheme = "off"
@@ -107,13 +115,14 @@ def configure(setup: Setup, where: str) -> Configuration:
             **features,
         ),
         behaviour=Behaviour(
-            "6.1",
+            profile,
             mmio_scheme=scheme,
-            tdp_mmu=tdp and setup.on("kvm.tdp_mmu", True),
+            tdp_mmu=None if profile == "3.1" else tdp and setup.on("kvm.tdp_mmu", True),
             nx_huge_pages=setup.on("kvm.nx_huge_pages", False),
         ),
         pcid="pcid" in setup.flags,
         artefacts=artefacts,
+        era=profile,
     )
 
 

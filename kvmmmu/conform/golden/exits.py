@@ -27,11 +27,16 @@ class Exits:
     amd : bool
     tdp : bool
         The processor walks the guest's tables.
+    old : bool
+        Linux 3.1, which knows how long WRMSR and HLT are, and lets the guest have CR0 only while its FPU state is
+        loaded: until the vCPU first left the kernel.
     """
 
-    def __init__(self, amd: bool, tdp: bool) -> None:
+    def __init__(self, amd: bool, tdp: bool, old: bool = False) -> None:
         self.amd = amd
         self.tdp = tdp
+        self.old = old
+        self.left = False
 
     def register(self, name: str, old: int, new: int) -> bool:
         """Whether loading a control register leaves the guest."""
@@ -50,6 +55,8 @@ class Exits:
     def full_cr0(self, cr0: int) -> bool:
         """SVM: every write of CR0 is intercepted, because the processor runs with another value than the guest's."""
         hidden = 0 if self.tdp else _CR0_PG | _CR0_WP
+        if self.old and self.left:
+            return True
         return (cr0 | hidden) & ~(_CR0_CD | _CR0_NW) != cr0
 
     def emulated(self, name: str) -> bool:
@@ -58,7 +65,7 @@ class Exits:
 
     def skipped(self, name: str) -> bool:
         """KVM fetches and decodes the instruction only to step over it, after it acted."""
-        return self.amd and name in ("efer", "hlt")
+        return self.amd and not self.old and name in ("efer", "hlt")
 
     # -- lines
 
@@ -69,7 +76,8 @@ class Exits:
         number = int(name[2:])
         if not self.amd:
             return self._vmx("CR_ACCESS", rip, number | _RDI << 8)
-        reason = f"write_{name}" if name != "cr0" or self.full_cr0(cr0) else "cr0_sel_write"
+        selective = "0x65" if self.old else "cr0_sel_write"
+        reason = f"write_{name}" if name != "cr0" or self.full_cr0(cr0) else selective
         return f"kvm_exit: {reason} rip {rip:x} info1 0 info2 0"
 
     def value_line(self, name: str, value: int, refused: bool) -> str | None:
@@ -83,7 +91,8 @@ class Exits:
         return f"kvm_exit: invlpg rip {rip:x} info1 0 info2 0" if self.amd else self._vmx("INVLPG", rip, gva)
 
     def io_line(self, rip: int, port: int) -> str:
-        """A byte written to a port by ``out %al, imm8``."""
+        """A byte written to a port by ``out %al, imm8``: user space takes over."""
+        self.left = True
         if self.amd:
             return f"kvm_exit: io rip {rip:x} info1 {port << 16 | 0x10:x} info2 {rip + 2:x}"
         return self._vmx("IO_INSTRUCTION", rip, port << 16 | 0x40)

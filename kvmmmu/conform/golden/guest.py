@@ -153,7 +153,7 @@ class Guest(IntegerExecutor):
             self.raise_fault(GP, 0)
         elif done.outcome == Outcome.INTERNAL_ERROR:
             # KVM gives up for the kernel; a user program gets #UD.
-            if self.cpl == 3 and done.suberror == _EMULATION:
+            if self.cpl == 3 and done.suberror == _EMULATION and self.processor.users_get_ud:
                 self.processor.inject(_UD)
                 self.raise_fault(_UD)
             self.pending = self.delivering if done.suberror == _DELIVERY else None

@@ -105,7 +105,8 @@ class Host:
     def delete_slot(self, number: int) -> int:
         """KVM_SET_USER_MEMORY_REGION with size 0."""
         try:
-            self.vm.memslots.set_region(number, size=0)
+            slot = self.vm.memslots.get(number)
+            self.vm.memslots.set_region(number, gpa=0 if slot is None else slot.gpa, size=0)
         except MemslotError as error:
             return -(error.errno or EINVAL)
         return 0

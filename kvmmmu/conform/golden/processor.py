@@ -80,7 +80,8 @@ class Processor:
         self.artefacts = artefacts = configuration.artefacts
         self.pcid = configuration.pcid
         self.shadow = configuration.mmu == "shadow"
-        self.exits = Exits(configuration.amd, not self.shadow)
+        self.users_get_ud = "fetch_fault_fails" not in configuration.behaviour.switches
+        self.exits = Exits(configuration.amd, not self.shadow, configuration.era == "3.1")
         self.note = recorder.note
         self.host = recorder.host
         self._pdptes = PdpteQuirks(vcpu, recorder.host, artefacts)
