@@ -35,8 +35,8 @@ from kvmmmu.engine.pfns cimport gfn_to_pfn, host_max_level, pfn_is_error
 from kvmmmu.engine.shadow cimport direct_map, flooding_clear_path, shadow_map
 from kvmmmu.engine.state cimport (
     ERR_FAULT, ERR_INVAL, ERR_NOSPC, Fault, REQ_FREE_OBSOLETE_ROOTS, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_REFILL,
-    VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT, VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS,
-    VSTAT_PF_TAKEN, Vcpu, Vm,
+    VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT,
+    VSTAT_PF_EMULATE, VSTAT_PF_FAST, VSTAT_PF_FIXED, VSTAT_PF_SPURIOUS, VSTAT_PF_TAKEN, Vcpu, Vm,
 )
 from kvmmmu.engine.tdp cimport TDP_FAULT_PAGES, tdp_map, tdp_reap
 from kvmmmu.engine.track cimport gfn_write_tracked

@@ -40,9 +40,9 @@ cdef enum:
     STEP_EXIT = 2     # an MMIO read waits for its data
 
 cdef enum:
-    DECODE_END = 0       # ``out`` says how
-    DECODE_OK = 1
-    DECODE_RESUME = 2    # KVM could not, and lets the guest try again
+    ENDED = 0         # ``out`` says how
+    DECODED = 1
+    RESUME = 2        # the guest runs on from where it was
 
 cdef struct Operand:
     # One translated memory operand, in up to two pieces.
@@ -242,10 +242,6 @@ cdef inline void emulate_run(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil
         out.outcome = OUTCOME_OK
 
 
-cdef inline bint era_fetch_fails(const Vcpu *vcpu) noexcept nogil:
-    return (vcpu.vm.switches.era & ERA_FETCH_FAULT_FAILS) != 0
-
-
 cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
     """KVM cannot read the instruction.  True: unprotected what it wrote to, the guest may execute it itself."""
     cdef Walk w   # the fault of the fetch stays in vcpu.walk
@@ -263,7 +259,7 @@ cdef inline bint resume_undecoded(Vcpu *vcpu, uint64_t address) noexcept nogil:
     return True
 
 
-cdef inline bint resume_unreadable(Vcpu *vcpu, uint64_t address) noexcept nogil:
+cdef inline bint resume_undecoded_2011(Vcpu *vcpu, uint64_t address) noexcept nogil:
     """Linux 3.1 lets the guest try again if the address it faulted at has memory behind it, once unprotected."""
     cdef bint direct = (vcpu.root_role & ROLE_DIRECT) != 0
     cdef int64_t zapped = 0
@@ -283,19 +279,26 @@ cdef inline bint resume_unreadable(Vcpu *vcpu, uint64_t address) noexcept nogil:
 
 
 cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Access *out) noexcept nogil:
-    """Fetch the instruction by software: DECODE_*.  ``retry``: a fault at ``address`` may be retried instead."""
+    """Fetch the instruction by software: DECODED, ENDED (it ended here), or RESUME.
+
+    ``retry``: a fault at ``address`` may be retried instead.
+    """
     cdef uint8_t *host = NULL
+    cdef bint fails = (vcpu.vm.switches.era & ERA_FETCH_FAULT_FAILS) != 0
     cdef Slot *slot
     cdef int size = insn.code_size
-    cdef bint fails = era_fetch_fails(vcpu)
-    cdef bint found, resume
     cdef int bits = 64 if vcpu.regs.efer & EFER_LMA and not vcpu.regs.compat else 32
     vcpu.stats[<int>VSTAT_INSN_EMULATION] += 1
     # An event that was being delivered is forgotten once an instruction is emulated.
     vcpu.vectoring = 0
-    found = guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH)
-    if found:
+    if guest_walk(vcpu, &vcpu.walk, vcpu.rip, user_bit(vcpu) | PFERR_FETCH):
         host = guest_host(vcpu, vcpu.walk.gpa)
+    elif not fails:
+        ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
+        if retry and resume_undecoded(vcpu, address):
+            return RESUME
+        inject_guest_fault(vcpu, vcpu.rip, out)
+        return ENDED
     if host != NULL:
         if (vcpu.walk.gpa & 4095) + <uint64_t>size > 4096:
             # The rest may stand elsewhere, or nowhere.
@@ -303,19 +306,18 @@ cdef inline int decode(Vcpu *vcpu, Insn *insn, uint64_t address, bint retry, Acc
             if slot != vcpu_slot(vcpu, (vcpu.walk.gpa >> 12) + 1):
                 size = 4096 - <int>(vcpu.walk.gpa & 4095)
         ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, host, size, bits, False)
-        return DECODE_OK
+        return DECODED
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, False)
-    resume = resume_unreadable(vcpu, address) if fails else retry and resume_undecoded(vcpu, address)
-    if resume:
-        return DECODE_RESUME
-    if not found and not fails:
-        inject_guest_fault(vcpu, vcpu.rip, out)
-        return DECODE_END
+    if fails:
+        if resume_undecoded_2011(vcpu, address):
+            return RESUME
+    elif retry and resume_undecoded(vcpu, address):
+        return RESUME
     ev_emulate_insn(vcpu.vm, vcpu.id, 0, vcpu.rip, NULL, 0, bits, True)
     vcpu.stats[<int>VSTAT_INSN_EMULATION_FAIL] += 1
     out.outcome = OUTCOME_INTERNAL_ERROR
     out.suberror = SUBERROR_EMULATION
-    return DECODE_END
+    return ENDED
 
 
 cdef inline void insn_fetch(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogil:
@@ -399,11 +401,10 @@ cdef inline void insn_execute(Vcpu *vcpu, Insn *insn, Access *out) noexcept nogi
             else:
                 cached = mmio_match_gva(vcpu, address)
             retry = not cached and not vcpu.mmio_hit
-            # Linux 3.1 looks behind the address of the fault itself.
-            decoded = decode(vcpu, insn, here if era_fetch_fails(vcpu) else address, retry, out)
-            if decoded == DECODE_END:
+            decoded = decode(vcpu, insn, address, retry, out)
+            if decoded == ENDED:
                 return
-            if decoded == DECODE_OK and not retry_instead(vcpu, insn, address, retry):
+            if decoded == DECODED and not retry_instead(vcpu, insn, address, retry):
                 emulate_run(vcpu, insn, out)
                 return
             if out.exits >= MAX_EXITS:
