@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu import _core
+from kvmmmu._arguments import index_of
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError
 from kvmmmu.explain import explain_walk
@@ -177,7 +178,7 @@ class Paging(_core.PagingCore):
             () if nested is None else nested.second(),
             pdptes,
         )
-        cpu.check_registers(operator.index(cr4), operator.index(efer))
+        cpu.check_registers(index_of("cr4", cr4), index_of("efer", efer))
         self.cpu = cpu
         self.dialect = dialect
 
