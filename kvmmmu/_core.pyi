@@ -59,6 +59,9 @@ class SpteCodec:
         gbpages: bool,
         ept_2m: bool,
         ept_1g: bool,
+        c_bit: int,
+        by_hand: tuple[int, int, int] | None,
+        ve: bool,
     ) -> SpteCodec: ...
     @property
     def mmio_caching(self) -> bool: ...

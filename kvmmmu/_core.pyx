@@ -11,7 +11,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, spte_ad_kind_off,
                                spte_ad_need_write_protect, spte_dirty_mask, spte_executable, spte_is_last,
-                               spte_is_mmio, spte_large, spte_masks_ept, spte_masks_legacy, spte_mmu_writable,
+                               spte_is_mmio, spte_large, spte_masks_ept, spte_masks_legacy,
+                               spte_masks_mmio, spte_masks_sme, spte_masks_ve, spte_mmu_writable,
                                spte_pfn, spte_present, spte_writable)
 from kvmmmu.bits.mmio cimport mmio_spte_access, mmio_spte_gen, mmio_spte_gfn, mmio_spte_make
 from kvmmmu.bits.split cimport (SPLIT_READ_STEPS, SplitRead, split_being_zapped, split_clear_step, split_read_step,
@@ -96,10 +97,11 @@ cdef class SpteCodec:
     cdef bint ept
 
     def __cinit__(self, bint ept, int maxphyaddr, int phys_bits, bint l1tf, int cache_bits, bint ept_ad,
-                  bint ept_exec_only, bint mmio_caching, bint gbpages, bint ept_2m, bint ept_1g):
+                  bint ept_exec_only, bint mmio_caching, bint gbpages, bint ept_2m, bint ept_1g, int c_bit,
+                  by_hand, bint ve):
         cdef CpuModel model
         memset(&model, 0, sizeof(model))
-        model.maxphyaddr = maxphyaddr
+        model.maxphyaddr = phys_bits if c_bit and not ept else maxphyaddr
         model.gbpages = gbpages
         model.exec_only = ept_exec_only
         model.ept_2m = ept_2m
@@ -114,6 +116,13 @@ cdef class SpteCodec:
             spte_masks_ept(&self.masks, phys_bits, l1tf, cache_bits, ept_ad, ept_exec_only, mmio_caching)
         else:
             spte_masks_legacy(&self.masks, maxphyaddr, phys_bits, l1tf, cache_bits, mmio_caching)
+            if c_bit:
+                spte_masks_sme(&self.masks, phys_bits, c_bit, mmio_caching)
+        if by_hand is not None:
+            value, mask, access = by_hand
+            spte_masks_mmio(&self.masks, value if mmio_caching else 0, mask, access)
+        if ve:
+            spte_masks_ve(&self.masks)
 
     @property
     def mmio_caching(self):
@@ -1071,7 +1080,8 @@ cdef class VmCore(VmHandle):
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
          vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
-         vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone) = host
+         vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone, vm.host.c_bit, vm.host.mmio_by_hand,
+         vm.host.mmio_value, vm.host.mmio_mask, vm.host.mmio_access) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages

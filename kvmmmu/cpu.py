@@ -133,11 +133,17 @@ class HostCpu:
         that they stay set when that faults; manuals leave the order open.
     rsvd_alone : bool
         Reserved-bit page faults lack P in their error code (some emulators; SDM vol. 3A section 4.7 says otherwise).
+    c_bit : int, optional
+        The address bit that marks encrypted memory (SME, SEV), 32 to 51, on a host of AMD where that is switched on:
+        address bits from ``phys_bits`` up are reserved and make ordinary and NPT mmio sptes.
+    mmio_masks : (int, int, int), optional
+        Value, mask and access mask of mmio sptes, set by hand instead of what the host would choose.  Masks that
+        break KVM's rules (see ``SpteFormat``) leave the host without mmio sptes.
 
     Raises
     ------
     ArgumentError
-        A width or the vendor out of range.
+        A width, a bit or the vendor out of range; a ``c_bit`` on a host of Intel; masks that are not three words.
     TypeError
         A value of the wrong type.
     """
@@ -156,6 +162,8 @@ class HostCpu:
     la57: bool = False
     ad_first: bool = False
     rsvd_alone: bool = False
+    c_bit: int | None = None
+    mmio_masks: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         _check_bits("HostCpu", "maxphyaddr", self.maxphyaddr, 36, 52)
@@ -163,6 +171,15 @@ class HostCpu:
             _check_bits("HostCpu", "phys_bits", self.phys_bits, 32, self.maxphyaddr)
         if self.cache_bits is not None:
             _check_bits("HostCpu", "cache_bits", self.cache_bits, 36, 52)
+        if self.c_bit is not None:
+            _check_bits("HostCpu", "c_bit", self.c_bit, 32, 51)
+            if self.vendor != "amd":
+                raise ArgumentError(f"HostCpu.c_bit is {self.c_bit}; vendor 'intel' has none, allowed is None")
+        if self.mmio_masks is not None:
+            if len(self.mmio_masks) != 3:
+                raise ArgumentError(f"HostCpu.mmio_masks has {len(self.mmio_masks)} words; allowed are 3")
+            for word in self.mmio_masks:
+                _check_bits("HostCpu", "mmio_masks", word, 0, (1 << 64) - 1)
         _check_flags(self)
 
     def model(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, SupportsIndex, TypeGuard, overload
+from typing import Literal, NamedTuple, SupportsIndex, TypeGuard, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from kvmmmu._arguments import Words, column_u64, index_in, index_u64
 from kvmmmu._core import SplitSpte
 from kvmmmu.constants import TABLE
 from kvmmmu.errors import ArgumentError
+from kvmmmu.spte_host import SpteHost
 
 __all__ = ["MmioColumns", "MmioSpte", "Mmu", "SplitSpte", "SpteFormat", "SpteHost", "SpteWords", "decode"]
 
@@ -29,46 +30,6 @@ Mmu = Literal["shadow", "ept", "npt"]
 _MMUS = ("shadow", "ept", "npt")
 _PAGE_NAMES = {1: "4 KiB", 2: "2 MiB", 3: "1 GiB", 4: "512 GiB", 5: "256 TiB"}
 _MEMORY_TYPES = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB"}
-
-
-class SpteHost(Protocol):
-    """What of a host CPU decides the layout of its sptes; ``HostCpu`` is one."""
-
-    @property
-    def maxphyaddr(self) -> int:
-        """CPUID's MAXPHYADDR, before memory-encryption key bits are taken away."""
-
-    @property
-    def phys_bits(self) -> int | None:
-        """Address bits left for memory; None: all of them."""
-
-    @property
-    def l1tf(self) -> bool:
-        """The CPU has the L1TF flaw."""
-
-    @property
-    def cache_bits(self) -> int | None:
-        """Address bits the L1 cache compares; None: as many as ``phys_bits``."""
-
-    @property
-    def ept_ad(self) -> bool:
-        """EPT sets accessed and dirty bits."""
-
-    @property
-    def ept_exec_only(self) -> bool:
-        """EPT allows execute-only entries."""
-
-    @property
-    def gbpages(self) -> bool:
-        """Ordinary and nested (NPT) tables have 1 GiB pages."""
-
-    @property
-    def ept_2m(self) -> bool:
-        """EPT has 2 MiB pages."""
-
-    @property
-    def ept_1g(self) -> bool:
-        """EPT has 1 GiB pages."""
 
 
 class MmioSpte(NamedTuple):
@@ -141,11 +102,22 @@ class SpteFormat:
         KVM's module parameter of that name.
     gbpages, ept_2m, ept_1g : bool
         Large pages: 1 GiB in ordinary and NPT tables, 2 MiB and 1 GiB under EPT.
+    c_bit : int, optional
+        The address bit that marks encrypted memory (SME, SEV), 32…51: outside EPT the bits of mmio sptes are then
+        those from ``phys_bits`` up to 51 and P, from one higher where ``c_bit`` equals ``phys_bits``; none if that
+        is 52.
+    mmio_masks : (int, int, int), optional
+        Value, mask and access mask set by hand.  As in KVM there are no mmio sptes unless the access mask fits 32
+        bits, the mask is within bits 63, 51…12 and 2…0, the value is within the mask and clear of both places of the
+        address, and an entry being torn down does not look like one.
+    ve : bool
+        The tables of a TDX guest (EPT only): its mmio sptes have value 0 and bit 63 clear, so that the processor raises
+        #VE in the guest; every other entry has bit 63, also the empty one.
 
     Raises
     ------
     ArgumentError
-        A number is outside its range.
+        A number is outside its range, or ``ve`` is asked for without EPT or together with ``mmio_masks``.
     """
 
     def __init__(
@@ -162,6 +134,9 @@ class SpteFormat:
         gbpages: bool = True,
         ept_2m: bool = True,
         ept_1g: bool = True,
+        c_bit: SupportsIndex | None = None,
+        mmio_masks: tuple[int, int, int] | None = None,
+        ve: bool = False,
     ) -> None:
         if mmu not in _MMUS:
             raise ArgumentError(f"mmu: {mmu!r} is none of {', '.join(_MMUS)}")
@@ -172,6 +147,14 @@ class SpteFormat:
         )
         self.cache_bits = self.phys_bits if cache_bits is None else index_in("cache_bits", cache_bits, 32, 52)
         self.l1tf = bool(l1tf)
+        self.c_bit = None if c_bit is None else index_in("c_bit", c_bit, 32, 51)
+        if mmio_masks is not None and len(mmio_masks) != 3:
+            raise ArgumentError(f"mmio_masks has {len(mmio_masks)} words; allowed are 3")
+        if ve and (mmu != "ept" or mmio_masks is not None):
+            raise ArgumentError(f"ve is True; with mmu {mmu!r} and mmio_masks {mmio_masks} allowed is False")
+        self.ve = bool(ve)
+        value, mask, access = mmio_masks or (0, 0, 0)
+        words = (index_u64("mmio_masks", value), index_u64("mmio_masks", mask), index_u64("mmio_masks", access))
         self._core = _core.SpteCodec(
             mmu == "ept",
             self.maxphyaddr,
@@ -184,10 +167,13 @@ class SpteFormat:
             bool(gbpages),
             bool(ept_2m),
             bool(ept_1g),
+            self.c_bit or 0,
+            None if mmio_masks is None else words,
+            self.ve,
         )
 
     @classmethod
-    def of(cls, host: SpteHost, mmu: Mmu = "shadow", *, mmio_caching: bool = True) -> SpteFormat:
+    def of(cls, host: SpteHost, mmu: Mmu = "shadow", *, mmio_caching: bool = True, ve: bool = False) -> SpteFormat:
         """Return the format of a host CPU."""
         return cls(
             mmu,
@@ -201,6 +187,9 @@ class SpteFormat:
             gbpages=host.gbpages,
             ept_2m=host.ept_2m,
             ept_1g=host.ept_1g,
+            c_bit=host.c_bit,
+            mmio_masks=host.mmio_masks,
+            ve=ve,
         )
 
     @property
@@ -218,13 +207,54 @@ class SpteFormat:
         """Every mask by name, as a new dict."""
         return self._core.fields()
 
+    @property
+    def empty(self) -> int:
+        """An entry that maps nothing: 0, with ``ve`` bit 63."""
+        return TABLE["EPT_SUPPRESS_VE"] if self.ve else 0
+
+    def raises_ve(self, spte: SupportsIndex, *, level: SupportsIndex = 1) -> bool:
+        """Whether an access that this entry does not permit is told to the guest (#VE), not to the hypervisor.
+
+        The rule of SDM vol. 3C section 26.5.7.1 for the entry that ends the walk, on a processor with EPT-violation #VE
+        switched on: no misconfiguration, and bit 63 is clear.  False without ``ve``.
+
+        Raises
+        ------
+        OverflowError
+            ``spte`` is outside 0…2^64−1.
+        ArgumentError
+            ``level`` is outside 1…5.
+        """
+        word, at = index_u64("spte", spte), index_in("level", level, 1, 5)
+        return self.ve and not word & TABLE["EPT_SUPPRESS_VE"] and not self._core.reserved(word, at)
+
+    @property
+    def mmio_faults(self) -> bool:
+        """Whether the processor refuses every mmio spte that the masks allow, and no mapping looks like one.
+
+        True of what a host chooses itself, and where there are no mmio sptes.  KVM takes masks set by hand on trust.
+        """
+        value, mask, access = (self.masks[name] for name in ("mmio_value", "mmio_mask", "mmio_access"))
+        if not self.mmio_caching or self.ve:
+            return True
+        width = self.phys_bits if self.c_bit is not None and self.mmu != "ept" else self.maxphyaddr
+        if value & ((1 << 52) - (1 << width)):
+            return True
+        rights = 7  # R, W, X
+        return (
+            self.mmu == "ept"
+            and mask & rights == rights
+            and all(self.is_reserved(value & rights | granted & access) for granted in range(8))
+        )
+
     def __repr__(self) -> str:
         l1tf = f", l1tf=True, cache_bits={self.cache_bits}" if self.l1tf else ""
         return f"SpteFormat({self.mmu!r}, maxphyaddr={self.maxphyaddr}, phys_bits={self.phys_bits}{l1tf})"
 
     def _need_caching(self) -> None:
         if not self.mmio_caching:
-            raise ArgumentError(f"{self!r}: this host has no mmio sptes (MAXPHYADDR 52, or mmio_caching off)")
+            why = "MAXPHYADDR 52, masks refused, or mmio_caching off"
+            raise ArgumentError(f"{self!r}: this host has no mmio sptes ({why})")
 
     @overload
     def mmio_encode(self, gfn: SupportsIndex, access: SupportsIndex, gen: SupportsIndex) -> int: ...
@@ -390,9 +420,9 @@ class SpteFormat:
         """
         word = index_u64("spte", spte)
         at = index_in("level", level, 1, 5)
-        if word == 0:
+        if word == self.empty:
             return SpteWords(word, at, "empty", {})
-        if word == TABLE["REMOVED_SPTE"]:
+        if word == self.empty | TABLE["REMOVED_SPTE"]:
             return SpteWords(word, at, "removed", {"being torn down by": "the TDP MMU"})
         mmio = self._core.split(word)
         if mmio is not None:

@@ -20,6 +20,7 @@ from kvmmmu.errors import ArgumentError, MemslotError
 from kvmmmu.events import Events
 from kvmmmu.memslots import MemSlot, MemSlots, slot_number
 from kvmmmu.mmio import Mmio
+from kvmmmu.sptes import SpteFormat
 from kvmmmu.stats import VmStats
 from kvmmmu.tlb import Tlb
 from kvmmmu.trees import PageTables
@@ -87,6 +88,9 @@ class VM:
             behaviour = behaviour.changed(mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
         else:
             behaviour = Behaviour(behaviour, mmio_scheme=mmio_scheme, tdp_mmu=tdp_mmu, nx_huge_pages=nx_huge_pages)
+        if host.mmio_masks is not None and not SpteFormat.of(host, mmu).mmio_faults:
+            words = ", ".join(map(hex, host.mmio_masks))
+            raise ArgumentError(f"HostCpu.mmio_masks is ({words}): under {mmu!r} such entries would not fault")
         self._mmu: Mmu = mmu
         self._host = host
         self._behaviour = behaviour
@@ -397,4 +401,7 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ad_first,
         host.ept_checks_updates,
         host.rsvd_alone,
+        host.c_bit or 0,
+        host.mmio_masks is not None,
+        *(host.mmio_masks or (0, 0, 0)),
     )

@@ -99,6 +99,15 @@ class WalkResult:
         """Whether the access was permitted."""
         return self.fault is Fault.NONE
 
+    @property
+    def convertible(self) -> bool:
+        """An EPT violation that the guest learns of (#VE), on a processor with that control switched on.
+
+        The entry that ended the walk has bit 63 (suppress #VE) clear: SDM vol. 3C, "Convertible EPT Violations".
+        A misconfiguration always exits.
+        """
+        return self.fault is Fault.EPT_VIOLATION and bool(self.entries) and not self.entries[-1].value >> 63
+
 
 def walk_result(record: dict[str, Any], second: dict[str, Any] | None = None) -> WalkResult:
     """Make a result of the engine's record of a walk (and of the second dimension's)."""

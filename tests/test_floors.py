@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, set[str]]] = [
         "face",
         {
             *("_arguments", "behaviour", "constants", "cpu", "events", "memslots", "mmio", "paging", "records"),
-            "events31",
+            *("events31", "spte_host"),
             # What face objects hand out or print themselves with.
             # ``check`` and ``trees`` look at a copy of the state: they may stand below the VM that offers them.
             *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vm", "walks"),

@@ -97,6 +97,43 @@ cdef inline void spte_masks_era(SpteMasks *m, uint64_t era, int raw_maxphyaddr, 
     m.nonpresent_low_gfn = bits_between(51, 12) & ~m.mmio_mask
 
 
+cdef inline void spte_masks_sme(SpteMasks *m, int phys_bits, int c_bit, bint mmio_caching) noexcept nogil:
+    """A host that encrypts memory: every bit it took from the address, but not the C-bit where it is the lowest.
+
+    KVM's svm.c (svm_adjust_mmio_mask): what lies above the reduced width is reserved, the C-bit alone is not.
+    """
+    cdef int lowest = phys_bits + (1 if c_bit == phys_bits else 0)
+    cdef uint64_t value = bits_between(51, lowest) | PT_PRESENT_MASK if lowest < 52 else 0
+    spte_masks_mmio(m, value if mmio_caching else 0, value, ACC_W | ACC_U)
+
+
+cdef inline void spte_masks_mmio(SpteMasks *m, uint64_t value, uint64_t mask, uint64_t access) noexcept nogil:
+    """Set the mmio masks by hand; what KVM (kvm_mmu_set_mmio_spte_mask) finds wrong leaves value 0, no mmio sptes.
+
+    Call it after the rest of the host is known: the rules ask for the L1TF split.
+    """
+    cdef uint64_t moved = m.nonpresent_or_rsvd << L1TF_MASK_LEN
+    cdef bint wrong = access >> 32 != 0
+    if mask & ~(EPT_SUPPRESS_VE | bits_between(51, 12) | bits_between(2, 0)) or value & ~mask:
+        wrong = True
+    # The address of an access must not show through, and an entry being torn down is not one to emulate.
+    if value & (m.nonpresent_low_gfn | moved) or value != 0 and (REMOVED_SPTE & mask) == value:
+        wrong = True
+    m.mmio_value = 0 if wrong else value
+    m.mmio_mask = mask
+    m.mmio_access = access & (ALL_ONES >> 32)
+    m.mmio_caching = m.mmio_value != 0
+
+
+cdef inline void spte_masks_ve(SpteMasks *m) noexcept nogil:
+    """A TDX guest: its mmio sptes are all clear where the mask looks, so that the processor tells the guest (#VE).
+
+    Everything else has bit 63 (suppress #VE): an empty entry is that bit alone.
+    """
+    m.present |= EPT_SUPPRESS_VE
+    m.mmio_value = 0
+
+
 cdef inline void spte_masks_l1tf(SpteMasks *m, int phys_bits, bint l1tf, int cache_bits) noexcept nogil:
     """Keep the address of a non-present spte off the bits an L1TF-vulnerable cache looks at."""
     m.nonpresent_or_rsvd = 0

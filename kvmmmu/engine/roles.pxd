@@ -114,7 +114,8 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     cdef int level = role_level(vcpu.root_role)
     memset(&regs, 0, sizeof(regs))
     memset(&model, 0, sizeof(model))
-    model.maxphyaddr = vm.host.maxphyaddr
+    # Where memory can be encrypted the bits above the reduced width are reserved; KVM's own C-bit is not modelled.
+    model.maxphyaddr = vm.host.phys_bits if vm.host.c_bit else vm.host.maxphyaddr
     model.gbpages = vm.host.gbpages
     model.amd = 1
     model.exec_only = vm.host.ept_exec_only

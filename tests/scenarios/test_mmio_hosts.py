@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import kvmmmu as km
+from kvmmmu.constants import TABLE
+from kvmmmu.paging import EptTables
 from kvmmmu.sptes import SplitSpte, SpteFormat
+from kvmmmu.walks import Fault, WalkResult
 from machine import MMIO
 from scene import FLAVOURS, FROM_CACHE, FROM_SPTE, IO, OK, SLOW_WITHOUT_SPTE, TDP, Flavour, Scene, page
 
@@ -134,6 +137,70 @@ def test_s14_address_bits_that_the_flawed_cache_looks_at_move_up_by_five(flavour
     s.another_vcpu()
     read = s.step("r", s.gva + 8)
     assert (read.result.mmio, read.counted) == (((gpa + 8, 1),), FROM_SPTE)
+
+
+# -- S15: a TDX guest, whose own mmio value is 0
+
+
+GUEST_TABLES_OFF = (0, 0, 0, 0)  # CR0, CR3, CR4, EFER: a gva is a gpa
+TDX_HOST = km.HostCpu(maxphyaddr=52)
+TDX = SpteFormat.of(TDX_HOST, "ept", ve=True)
+TDX_GPA = 0x5000
+
+
+def tdx_walk(entry: int, access: str = "r", *, level: int = 1) -> WalkResult:
+    """What the processor makes of one gpa, the last entry of whose EPT walk is ``entry``."""
+    tables = np.zeros((5, 512), np.uint64)
+    for at in range(4, level, -1):
+        tables[at, 0] = (at - 1) << 12 | 7 | 1 << 63
+    tables[level, TDX_GPA >> 12 if level == 1 else 0] = entry
+    paging = km.Paging(*GUEST_TABLES_OFF, memory=tables.view(np.uint8).reshape(-1), nested=EptTables(0x401E, TDX_HOST))
+    walk = paging.walk_result(TDX_GPA, access).second
+    assert walk is not None and walk.entries[-1].value == entry
+    return walk
+
+
+@pytest.mark.parametrize("access", ["r", "w", "x"])
+@pytest.mark.parametrize("generation", [0, 2, 4096, (1 << 19) - 2])
+@pytest.mark.parametrize("gfn", [0, 0xFEE00, TDX.max_gfn])
+def test_s15_an_mmio_spte_of_a_tdx_guest_tells_the_guest_and_does_not_exit(
+    gfn: int, generation: int, access: str
+) -> None:
+    spte = TDX.mmio_encode(gfn, 7, generation)
+    assert spte & (1 << 63 | 7) == 0
+    assert TDX.mmio_decode(spte) == (gfn, 0, generation)
+    assert TDX.raises_ve(spte)
+    walk = tdx_walk(spte, access)
+    assert (walk.fault, walk.convertible) == (Fault.EPT_VIOLATION, True)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["empty", "removed"])
+def test_s15_an_entry_that_maps_nothing_exits_at_every_level(kind: str, level: int) -> None:
+    entry = TDX.empty | (TABLE["REMOVED_SPTE"] if kind == "removed" else 0)
+    assert TDX.empty == 1 << 63
+    assert TDX.decode(entry, level=level).kind == kind
+    assert not TDX.is_mmio(entry) and not TDX.raises_ve(entry, level=level)
+    walk = tdx_walk(entry, level=level)
+    assert (walk.fault, walk.convertible) == (Fault.EPT_VIOLATION, False)
+
+
+def test_s15_a_page_that_forbids_an_access_exits_because_kvm_suppresses_ve_in_it() -> None:
+    read_only = 1 << 63 | 1 << 11 | 0x9000 | 0x31 | 4
+    assert not TDX.is_mmio(read_only) and not TDX.raises_ve(read_only)
+    walk = tdx_walk(read_only, "w")
+    assert (walk.fault, walk.convertible) == (Fault.EPT_VIOLATION, False)
+    walk = tdx_walk(read_only & ~(1 << 63), "w")
+    assert (walk.fault, walk.convertible) == (Fault.EPT_VIOLATION, True)
+
+
+def test_s15_the_mmio_spte_of_other_guests_is_a_misconfiguration_and_always_exits() -> None:
+    spte = SpteFormat.of(TDX_HOST, "ept").mmio_encode(0xFEE00, 7, 4)
+    assert not TDX.is_mmio(spte) and not TDX.raises_ve(spte)
+    walk = tdx_walk(spte)
+    assert (walk.fault, walk.convertible) == (Fault.EPT_MISCONFIG, False)
+    assert SpteFormat.of(TDX_HOST, "ept").empty == 0
+    assert not SpteFormat.of(TDX_HOST, "ept").raises_ve(0)  # its processor has no #VE switched on
 
 
 # -- S20: two halves
