@@ -2,7 +2,6 @@
 """The door: owns memory, binds the engine to Python and C, checks every argument once."""
 
 import os
-import warnings
 
 # ---- sptes and constants
 cimport cython
@@ -451,12 +450,10 @@ cdef class TranslationRow:
 
 
 KERNELS = ("walk", "ring", "gather")
+KERNELS_HERE = KERNELS if gather_here() else KERNELS[:2]
 cdef int CHOSEN_KERNEL = batch_kernel()
-if os.environ.get("KVMMMU_KERNEL") in KERNELS[:2] or os.environ.get("KVMMMU_KERNEL") == "gather" and gather_here():
+if os.environ.get("KVMMMU_KERNEL") in KERNELS_HERE:
     CHOSEN_KERNEL = KERNELS.index(os.environ["KVMMMU_KERNEL"])
-elif os.environ.get("KVMMMU_KERNEL"):
-    warnings.warn(f"KVMMMU_KERNEL is {os.environ['KVMMMU_KERNEL']!r} and ignored; allowed are "
-                  f"{', '.join(map(repr, KERNELS if gather_here() else KERNELS[:2]))} here", RuntimeWarning, stacklevel=2)
 
 
 cdef class PagingCore(TablesHandle):
