@@ -35,7 +35,8 @@ FLOORS: list[tuple[str, set[str]]] = [
             *("events31", "spte_host"),
             # What face objects hand out or print themselves with.
             # ``check`` and ``trees`` look at a copy of the state: they may stand below the VM that offers them.
-            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vcpu_tlb", "vm", "walks"),
+            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vm", "walks"),
+            *("vcpu_explain", "vcpu_replay", "vcpu_tlb"),
         },
     ),
     ("eyes and readers", {"dumps", "golden", "traces"}),
