@@ -16,10 +16,10 @@ from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
 from kvmmmu.explain import explain_walk
 from kvmmmu.outcome import Outcome
 from kvmmmu.records import ACCESS
-from kvmmmu.sptes import SpteFormat
 from kvmmmu.stats import VCpuStats
 from kvmmmu.tlb import Tlb
 from kvmmmu.vcpu_tlb import TranslationCaches
+from kvmmmu.vcpu_words import SptesInWords
 from kvmmmu.walks import walk_result
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _PIECE = 64
 _INSNS = ("load", "store", "fetch", "add", "cmpxchg", "movs")
 
 
-class VCpu(TranslationCaches):
+class VCpu(TranslationCaches, SptesInWords):
     """A vCPU; made by ``VM.create_vcpu``.
 
     A vCPU is one thread's at a time; a second one gets ``VCpuBusyError``.
@@ -336,10 +336,6 @@ class VCpu(TranslationCaches):
             walk_result(built), source="gva" if shadow else "gpa", target="host address", known=self._mmio_words
         )
         return f"{text}\n{title}: {words}"
-
-    def _mmio_words(self, spte: int, level: int) -> str | None:
-        words = SpteFormat.of(self.vm.host, self.vm.mmu).decode(spte, level=level)
-        return str(words).partition(": ")[2] if words.kind == "mmio" else None
 
     def __repr__(self) -> str:
         regs = self.regs
