@@ -162,6 +162,7 @@ class Tables:
 
     def unicorn_loads(self, gvas: Any, code: int, data: int, where: tuple[int, int]) -> Callable[[], None]:
         """Guest code that loads from each address; ``where``: the frames of the pages ``code`` and ``data``."""
+        _found("unicorn")
         from unicorn import x86_const
 
         _, _, machine = self._unicorn_machine()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvmmmu.errors import ArgumentError
 
-__all__ = ["Words", "bytes_of", "column_u64", "index_in", "index_u64"]
+__all__ = ["Words", "bytes_of", "column_u64", "index_in", "index_of", "index_u64"]
 
 # An integer, or anything NumPy makes an array of integers from.
 Words = SupportsIndex | npt.ArrayLike
@@ -18,14 +18,19 @@ Words = SupportsIndex | npt.ArrayLike
 U64_MAX = 2**64 - 1
 
 
+def index_of(name: str, value: object) -> int:
+    """Return ``value`` as an int of any size, or raise TypeError: a float is no integer, whatever its value."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+
+
 def index_u64(name: str, value: SupportsIndex) -> int:
     """Return ``value`` as an int in 0…2^64−1, or raise OverflowError (TypeError if it is no integer)."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: {value!r} is not an integer") from None
+    number = index_of(name, value)
     if not 0 <= number <= U64_MAX:
-        raise OverflowError(f"{name}: {number} is outside 0…2^64−1")
+        raise OverflowError(f"{name} = {number} is outside 0 ... 2^64-1")
     return number
 
 
@@ -55,7 +60,7 @@ def column_u64(name: str, values: Words) -> npt.NDArray[np.uint64]:
         return array.astype(np.uint64, copy=False)
     if array.dtype.kind == "i":
         if array.size and int(array.min()) < 0:
-            raise OverflowError(f"{name}: {int(array.min())} is outside 0…2^64−1")
+            raise OverflowError(f"{name} = {int(array.min())} is outside 0 ... 2^64-1")
         return array.astype(np.uint64)
     if array.dtype.kind == "O":
         flat = [index_u64(name, value) for value in array.ravel()]

@@ -191,6 +191,7 @@ class PagingCore(TablesHandle):
 
 def area_start(area: tuple[int, Any]) -> int: ...
 def record_layouts() -> dict[str, tuple[list[tuple[str, str, int]], int]]: ...
+KERNELS_HERE: tuple[str, ...]
 KERNELS: tuple[str, ...]
 
 def walk_cases(

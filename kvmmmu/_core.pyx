@@ -451,8 +451,9 @@ cdef class TranslationRow:
 
 
 KERNELS = ("walk", "ring", "gather")
+KERNELS_HERE = KERNELS if gather_here() else KERNELS[:2]
 cdef int CHOSEN_KERNEL = batch_kernel()
-if os.environ.get("KVMMMU_KERNEL") in KERNELS[:2] or os.environ.get("KVMMMU_KERNEL") == "gather" and gather_here():
+if os.environ.get("KVMMMU_KERNEL") in KERNELS_HERE:
     CHOSEN_KERNEL = KERNELS.index(os.environ["KVMMMU_KERNEL"])
 
 
@@ -1013,6 +1014,10 @@ cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
 
 cdef int in_range(object value, str name, int low, int high) except? -1:
     """A small number, or an ArgumentError that says what is allowed."""
+    if not PyLong_Check(value):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        value = operator.index(value)
     if not low <= value <= high:
         raise ArgumentError(f"{name} is {value!r}; allowed are {low} .. {high}")
     return value
@@ -1851,7 +1856,7 @@ cdef class VcpuCore(VcpuHandle):
         """An access of up to 64 bytes with its data: (result, bytes of what memory gave)."""
         cdef AccessResult result = AccessResult.__new__(AccessResult)
         cdef uint64_t word = as_word(gva, "gva")
-        cdef int n = in_range(operator.index(size), "size", 1, 64)
+        cdef int n = in_range(size, "size", 1, 64)
         cdef uint8_t buffer[64]
         cdef bytes part
         cdef uint64_t bits = PFERR_WRITE if write else 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, fields
 
+from kvmmmu._arguments import index_of
 from kvmmmu.errors import ArgumentError
 
 __all__ = ["GuestCpu", "HostCpu"]
@@ -22,10 +22,7 @@ _FEATURE_BITS = (
 
 
 def _check_bits(owner: str, name: str, value: object, low: int, high: int) -> None:
-    try:
-        bits = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{owner}.{name} must be an integer, not {type(value).__name__}") from None
+    bits = index_of(f"{owner}.{name}", value)
     if not low <= bits <= high:
         raise ArgumentError(f"{owner}.{name} is {bits}; allowed are {low} .. {high}")
 

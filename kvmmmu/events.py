@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmmu._arguments import index_of
 from kvmmmu._core import EVENT_DTYPE, EVENT_KINDS, VmCore
 from kvmmmu.errors import ArgumentError
 from kvmmmu.events31 import PRINTED, page_31
@@ -92,7 +92,7 @@ class Events:
         """
         names = EVENT_NAMES if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
         kinds_wanted = {parse_kind(name) for name in names}
-        room = operator.index(capacity)
+        room = index_of("capacity", capacity)
         if not 1 <= room <= MAX_CAPACITY:
             raise ArgumentError(f"capacity = {room}: allowed are 1 to 2^28")
         self._core.events_enable(sum(1 << kind for kind in kinds_wanted), 1 << (room - 1).bit_length())

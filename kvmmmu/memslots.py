@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EEXIST, EINVAL
 from typing import Any, Final, Literal
 
-from kvmmmu._arguments import index_u64
+from kvmmmu._arguments import index_of, index_u64
 from kvmmmu._core import VmCore
 from kvmmmu.errors import ArgumentError, MemslotError, VmClosedError
 
@@ -325,14 +324,15 @@ class MemSlots(Mapping[int, MemSlot]):
 
 
 def _space(as_id: int) -> int:
-    if operator.index(as_id) not in range(ADDRESS_SPACES):
+    number = index_of("as_id", as_id)
+    if number not in range(ADDRESS_SPACES):
         raise MemslotError(EINVAL, _REASONS["as_id"].format(detail=as_id))
-    return operator.index(as_id)
+    return number
 
 
 def slot_number(slot: int | MemSlot) -> int:
     """The number ``as_id << 16 | id`` of a slot, or of one given as a number."""
-    number = slot.number if isinstance(slot, MemSlot) else operator.index(slot)
+    number = slot.number if isinstance(slot, MemSlot) else index_of("slot", slot)
     if not 0 <= number < 2**32:
         raise OverflowError(f"slot = {number} is outside 0 ... 2^32-1")
     return number

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu import _core
+from kvmmmu._arguments import index_of
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError
 from kvmmmu.explain import explain_walk
@@ -21,6 +24,14 @@ __all__ = ["EptTables", "NptTables", "Paging"]
 
 _DIALECTS = {"sdm": 0, "kvm": 1}
 _CHUNK = 1 << 16
+
+if os.environ.get("KVMMMU_KERNEL") and os.environ["KVMMMU_KERNEL"] not in _core.KERNELS_HERE:
+    warnings.warn(
+        f"KVMMMU_KERNEL is {os.environ['KVMMMU_KERNEL']!r} and ignored; allowed are "
+        f"{', '.join(map(repr, _core.KERNELS_HERE))} here",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 Memory = Any  # one buffer, {gpa: buffer} or (gpa, buffer) pairs
 
@@ -177,7 +188,7 @@ class Paging(_core.PagingCore):
             () if nested is None else nested.second(),
             pdptes,
         )
-        cpu.check_registers(operator.index(cr4), operator.index(efer))
+        cpu.check_registers(index_of("cr4", cr4), index_of("efer", efer))
         self.cpu = cpu
         self.dialect = dialect
 

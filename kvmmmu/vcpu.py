@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmmmu._arguments import bytes_of, column_u64, index_in, index_u64
+from kvmmmu._arguments import bytes_of, column_u64, index_in, index_of, index_u64
 from kvmmmu._core import AccessResult
 from kvmmmu.cpu import GuestCpu
 from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
 from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
-from kvmmmu.explain import explain_walk
 from kvmmmu.outcome import Outcome
 from kvmmmu.records import ACCESS
 from kvmmmu.stats import VCpuStats
 from kvmmmu.tlb import Tlb
+from kvmmmu.vcpu_replay import RecordedRuns
 from kvmmmu.vcpu_tlb import TranslationCaches
-from kvmmmu.vcpu_words import SptesInWords
-from kvmmmu.walks import walk_result
 
 if TYPE_CHECKING:
     from kvmmmu.vm import VM
@@ -28,21 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["Execution", "MmioExit", "Registers", "ReplayTotals", "VCpu"]
 
 _KIND_CODES = {"r": 0, "w": 1, "x": 2}
-_DIFFERENCES = (
-    "nothing",
-    "outcome",
-    "guest-physical address",
-    "#PF error code",
-    "fault address",
-    "register load",
-    "event kind",
-)
 _PIECE = 64
 # By number: INSN_*.
 _INSNS = ("load", "store", "fetch", "add", "cmpxchg", "movs")
 
 
-class VCpu(TranslationCaches, SptesInWords):
+class VCpu(RecordedRuns, TranslationCaches):
     """A vCPU; made by ``VM.create_vcpu``.
 
     A vCPU is one thread's at a time; a second one gets ``VCpuBusyError``.
@@ -201,9 +190,6 @@ class VCpu(TranslationCaches, SptesInWords):
 
     # -- accesses with data
 
-    def _cpl(self, cpl: SupportsIndex | None) -> int:
-        return self.regs.cpl if cpl is None else index_in("cpl", cpl, 0, 3)
-
     def _check(self, result: AccessResult, gva: int, verb: str) -> None:
         if result.outcome in (Outcome.OK, Outcome.MMIO):
             return
@@ -314,29 +300,6 @@ class VCpu(TranslationCaches, SptesInWords):
         self.access_into(addresses, codes, out, self._cpl(cpl), index_in("size", size, 1, 64))
         return out
 
-    def explain(self, gva: SupportsIndex, kind: str = "r", *, cpl: SupportsIndex | None = None) -> str:
-        """Say in words how an address translates now: the guest's tables, then those KVM built.
-
-        Nothing changes: no fault is taken, no accessed or dirty bit set.
-
-        Parameters
-        ----------
-        gva : int
-        kind : {"r", "w", "x"}
-        cpl : int, optional
-            The vCPU's own by default.
-        """
-        guest, built = self.walk_records(gva, kind, self._cpl(cpl))
-        text = "guest tables: " + explain_walk(walk_result(guest))
-        if built is None:
-            return text + "\nno root is loaded: KVM has built no tables for this vCPU yet"
-        shadow = self.vm.mmu == "shadow"
-        title = "shadow page tables" if shadow else self.vm.mmu.upper() + " tables"
-        words = explain_walk(
-            walk_result(built), source="gva" if shadow else "gpa", target="host address", known=self._mmio_words
-        )
-        return f"{text}\n{title}: {words}"
-
     def __repr__(self) -> str:
         regs = self.regs
         values = ", ".join(f"{name}={getattr(regs, name):#x}" for name in ("cr0", "cr3", "cr4", "efer"))
@@ -401,8 +364,9 @@ class VCpu(TranslationCaches, SptesInWords):
         """
         if op not in _INSNS:
             raise ArgumentError(f"op is {op!r}; allowed are {', '.join(map(repr, _INSNS))}")
-        if size not in (1, 2, 4, 8):
-            raise ArgumentError(f"size is {size!r}; allowed are 1, 2, 4 and 8")
+        nbytes = index_of("size", size)
+        if nbytes not in (1, 2, 4, 8):
+            raise ArgumentError(f"size is {nbytes}; allowed are 1, 2, 4 and 8")
 
         def device(gpa: int, length: int) -> bytes:
             answer = self.vm.mmio.read(gpa, length)
@@ -411,7 +375,7 @@ class VCpu(TranslationCaches, SptesInWords):
         result, suberror, exits, value_out = self.run_insn(
             _INSNS.index(op),
             gva,
-            size,
+            nbytes,
             value,
             expected,
             src,
@@ -446,51 +410,3 @@ class VCpu(TranslationCaches, SptesInWords):
         """Trace that KVM injects an exception (what the guest then does is its own business)."""
         code = 0 if error_code is None else index_u64("error_code", error_code)
         self.trace_injection(index_in("vector", vector, 0, 31), error_code is not None, code)
-
-    # -- recorded runs
-
-    def replay(
-        self,
-        columns: Any,
-        *,
-        start: int = 0,
-        values: bool = False,
-        stop_after: int = 0,
-    ) -> ReplayTotals:
-        """Run a stretch of a recorded trace and compare every event with its record.
-
-        Parameters
-        ----------
-        columns : object
-            With attributes ``a``, ``b``, ``c`` (uint64) and ``kind``, ``size``, ``flags``, ``cpl`` (uint8), one
-            element a record: a ``kvmmmu.traces.Chunk``.
-        start : int
-            Number of the first record, for messages.
-        values : bool
-            Records of ordinary stores carry their values (raw traces), so that memory follows.
-        stop_after : int
-            End after this many disagreements; 0 goes on.
-
-        Returns
-        -------
-        ReplayTotals
-        """
-        c = columns
-        for name in ("a", "b", "c", "kind", "size", "flags", "cpl"):
-            if not hasattr(c, name):
-                raise TypeError(f"columns must have the columns of a trace: {type(c).__name__} has no {name!r}")
-        t = self.replay_into(c.a, c.b, c.c, c.kind, c.size, c.flags, c.cpl, values, stop_after)
-        first = None
-        if t["what"]:
-            first = self._difference(t, start, int(c.flags[t["index"]]), int(c.kind[t["index"]]))
-        names = ("events", "disagreements", "mmio", "mmio_cache", "mmio_spte", "mmio_slow", "page_faults", "exits")
-        return ReplayTotals(**{name: t[name] for name in names}, first=first)
-
-    def _difference(self, t: dict[str, Any], start: int, flags: int, kind: int) -> tuple[int, str, str, str, str]:
-        what = _DIFFERENCES[t["what"]]
-        if what == "outcome":
-            expected, got = Outcome(t["expected"]).name, repr(t["access"])
-        else:
-            expected, got = hex(t["expected"]), hex(t["got"])
-        access = "x" if kind == 1 else "w" if flags & 1 else "r"
-        return start + t["index"], f"{what} of gva {t['gva']:#x}", expected, got, self.explain(t["gva"], access)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self, SupportsIndex, get_args
 from weakref import ReferenceType, ref
@@ -134,7 +135,7 @@ class VM:
         Parameters
         ----------
         cpu : GuestCpu, optional
-            What its CPUID says.
+            What its CPUID says.  Under shadow paging KVM offers no protection keys: ``vcpu.cpu.pku`` is False there.
         tlb : Tlb, optional
             The processor's caches of translations; by default it caches nothing and reads the tables at each access.
 
@@ -150,6 +151,8 @@ class VM:
             raise TypeError(f"cpu must be a GuestCpu, not {type(guest).__name__}")
         if tlb is not None and not isinstance(tlb, Tlb):
             raise TypeError(f"tlb must be a Tlb or None, not {type(tlb).__name__}")
+        if self.mmu == "shadow":
+            guest = replace(guest, pku=False)
         vcpu = VCpu(self._core, guest.model(), self, guest)
         if tlb is not None:
             vcpu.use_tlb(tlb)

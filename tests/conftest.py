@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Examples are judged by what they show: how long one takes is the machine's business.
+hypothesis.settings.register_profile("kvmmmu", deadline=None)
+hypothesis.settings.load_profile("kvmmmu")
 
 ROOT = Path(__file__).resolve().parent.parent
 

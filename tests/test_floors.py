@@ -32,10 +32,11 @@ FLOORS: list[tuple[str, set[str]]] = [
         "face",
         {
             *("_arguments", "behaviour", "constants", "cpu", "events", "memslots", "mmio", "paging", "records"),
-            *("events31", "spte_host", "vcpu_words"),
+            *("events31", "spte_host"),
             # What face objects hand out or print themselves with.
             # ``check`` and ``trees`` look at a copy of the state: they may stand below the VM that offers them.
-            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vcpu_tlb", "vm", "walks"),
+            *("check", "execution", "explain", "sptes", "stats", "tlb", "trees", "vcpu", "vm", "walks"),
+            *("vcpu_explain", "vcpu_replay", "vcpu_tlb"),
         },
     ),
     ("eyes and readers", {"dumps", "golden", "traces"}),
@@ -50,7 +51,7 @@ FRONT = next(number for number, (name, _) in enumerate(FLOORS) if name == "eyes 
 
 ROOM_LINES = 500
 # The door cannot be split (one extension, no include); it holds checks only and is kept short by review.
-DOOR_LINES = 2310
+DOOR_LINES = 2320
 # Every struct of the machine stands in one file, by design.
 STATE_LINES = 700
 

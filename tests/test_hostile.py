@@ -75,6 +75,32 @@ def test_a_number_that_no_register_holds_is_refused_and_changes_nothing(machine,
     vm.check()
 
 
+WHOLE_FLOATS = {
+    "size": lambda vm, vcpu: vcpu.execute("load", 0, size=4.0),
+    "value": lambda vm, vcpu: vcpu.execute("store", 0, value=4.0),
+    "expected": lambda vm, vcpu: vcpu.execute("cmpxchg", 0, expected=4.0),
+    "code_size": lambda vm, vcpu: vcpu.execute("load", 0, code_size=4.0),
+    "gva": lambda vm, vcpu: vcpu.read(4.0, 4),
+    "cpl": lambda vm, vcpu: vcpu.access(0, cpl=3.0),
+    "cr4": lambda vm, vcpu: km.Paging(1, 0, 0.0, 0),
+    "as_id": lambda vm, vcpu: vm.memslots.create(0, np.zeros(4096, np.uint8), as_id=1.0),
+    "slot": lambda vm, vcpu: vm.memslots.delete(0.0),
+    "capacity": lambda vm, vcpu: vm.events.enable(capacity=64.0),
+    "GuestCpu.maxphyaddr": lambda vm, vcpu: km.GuestCpu(maxphyaddr=40.0),
+    "vector": lambda vm, vcpu: vcpu.inject(14.0),
+    "ncr3": lambda vm, vcpu: vcpu.enter_guest_mode(0.0),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_FLOATS)
+def test_a_float_is_no_integer_whatever_its_value_and_the_argument_is_named(machine, name: str):
+    vm, vcpu, _ = machine
+    before = state(vm)
+    with pytest.raises(TypeError, match=rf"^{name} must be an integer, not float$"):
+        WHOLE_FLOATS[name](vm, vcpu)
+    assert np.array_equal(state(vm), before)
+
+
 @pytest.mark.parametrize("number", [0, 5, -1, 2**40])
 def test_an_integer_is_no_data(machine, number: int):
     vm, vcpu, ram = machine

@@ -291,7 +291,7 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(slot=WORDS, flags=WORDS, gpa=WORDS, size=st.none() | WORDS, buffer=st.integers(0, 3))
 def test_arbitrary_numbers_are_refused_by_name_or_done_whole(slot, flags, gpa, size, buffer):
     with VM("npt", host=HostCpu(maxphyaddr=46)) as vm:

@@ -270,7 +270,7 @@ NESTED = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     registers=REGISTERS,
     entries=st.lists(ENTRIES, min_size=1, max_size=40),

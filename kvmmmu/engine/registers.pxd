@@ -242,7 +242,8 @@ cdef inline int set_sregs(Vcpu *vcpu, const CpuRegs *regs) noexcept nogil:
     # LMA follows from the rest: any other value would give the two halves of the MMU different modes.
     if not mode_legal(regs.cr0, regs.cr4, regs.efer) or efer_with_lma(regs.cr0, regs.efer) != regs.efer:
         return REG_GP
-    # KVM offers no protection keys with shadow paging: its own tables carry none.
+    # KVM offers no protection keys with shadow paging: its own tables carry none.  Runs recorded on a processor that
+    # has them set CR4.PKE, and with PKRU = 0 it means nothing; the Python face refuses the bit as an absent feature.
     if vcpu.vm.mmu == MMU_SHADOW and regs.cr4 & CR4_PKE and regs.pkru:
         return REG_GP
     # LMA is LME under paging, no more and no less.

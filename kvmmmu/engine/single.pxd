@@ -8,8 +8,8 @@ same translation; everything else is walked as ``quick.pxd`` and ``walk.pxd`` do
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk, walk_entry_offset, walk_rights
-from kvmmmu.bits.paging cimport DIALECT_SDM, FAULT_NONE, FMT_64, FMT_NONE, Paging, va_canonical
-from kvmmmu.engine.quick cimport Quick, quick_finish
+from kvmmmu.bits.paging cimport DIALECT_SDM, FAULT_NONE, FMT_64, FMT_NONE, Paging, permission_fault, va_canonical
+from kvmmmu.engine.quick cimport Quick
 from kvmmmu.engine.state cimport MemMap
 from kvmmmu.engine.translate cimport walk_any
 from kvmmmu.engine.walk cimport kvmmmu_ld_u64
@@ -26,7 +26,7 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
     cdef uint64_t start = m.first[hint] << 12
     cdef uint64_t nbytes = m.npages[hint] << 12
     # Each load waits for the one before: what can be added up beside it is.
-    cdef uint64_t at, entry = p.root, mask = p.addr_mask
+    cdef uint64_t at, offset, entry = p.root, mask = p.addr_mask
     cdef uint64_t every = ALL_ONES  # bits that all entries have
     cdef uint64_t some = 0          # bits that one has
     cdef int level = LEVEL_4K
@@ -80,11 +80,18 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
                 return False
             every &= entry
             some |= entry
-    q.entry = entry
-    q.level = level
+    if set_ad and ((every & p.accessed) != p.accessed or access & PFERR_WRITE and p.dirty & ~entry):
+        return False
     # Every entry may take rights away: W and U where it lacks them, X where it has NX.
     q.acc = walk_rights(FMT_64, (every & ~PT64_NX_MASK) | (some & PT64_NX_MASK))
-    return quick_finish(FMT_64, p, va, access, ac, set_ad, every & p.accessed, q)
+    if permission_fault(p, access, q.acc, ac, <uint32_t>((entry >> PT_PKEY_SHIFT) & 15)):
+        return False
+    q.entry = entry
+    q.entry_gpa = start + at
+    q.level = level
+    offset = (ONE << (3 + 9 * level)) - 1
+    q.gpa = (entry & mask & ~offset) | (va & offset)
+    return True
 
 
 cdef inline bint single_flat(const Paging *p, const Paging *host, const MemMap *m) noexcept nogil:

@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
-    FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, Paging,
+    FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_64, Paging,
 )
 from kvmmmu.engine.atomics cimport cpu_pause, guest_load, guest_store, in_guest, ld_acquire_u32
 from kvmmmu.engine.claim cimport vcpu_busy
@@ -18,7 +18,9 @@ from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
+from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
+from kvmmmu.engine.single cimport single_walk
 from kvmmmu.engine.state cimport (
     Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
     OUTCOME_SHUTDOWN, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, TlbEntry, Vcpu, Vm,
@@ -49,17 +51,31 @@ cdef inline uint64_t ept_error_code(uint64_t qualification) noexcept nogil:
     return code
 
 
+cdef inline uint64_t leaf_gpa(Vcpu *vcpu, const Quick *q) noexcept nogil:
+    """As ``shadow_gpa``, of a walk that kept no record."""
+    return (spte_gfn(vcpu.vm, q.entry_gpa >> 3) << 12) + (q.gpa & ((ONE << (3 + 9 * q.level)) - 1))
+
+
 cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint64_t *gpa, uint64_t *hpa) noexcept nogil:
     """What the processor does with an address; FAULT_NONE, or FAULT_* with the details in the walks.
 
     Small, so that the compiler puts it where it is called: two dimensions save many registers, one needs none of that.
     An inner guest's accesses pass by the TLB.
     """
+    cdef const MemMap *mem
     cdef int fault
+    cdef Quick q
     if vcpu.vm.mmu != MMU_SHADOW or vcpu.tlb != NULL and not vcpu.guest_mode:
         return hardware_access_nested(vcpu, gva, access, gpa, hpa)
-    fault = walk_memory(&vcpu.hw, vm_hostmem(vcpu.vm), &vcpu.table_hint, &vcpu.nested, gva,
-                        access | vcpu.hw.final_access, vcpu.ac, True)
+    mem = vm_hostmem(vcpu.vm)
+    access |= vcpu.hw.final_access
+    # The page that was MMIO last very likely still is: that walk needs its record.
+    if (vcpu.hw.format == FMT_64 and vcpu.table_hint < mem.n and gva & ~<uint64_t>4095 != vcpu.mmio.gva
+            and single_walk(&vcpu.hw, mem, vcpu.table_hint, gva, access, vcpu.ac, True, &q)):
+        hpa[0] = q.gpa
+        gpa[0] = leaf_gpa(vcpu, &q)
+        return FAULT_NONE
+    fault = walk_memory(&vcpu.hw, mem, &vcpu.table_hint, &vcpu.nested, gva, access, vcpu.ac, True)
     if fault == FAULT_NONE:
         hpa[0] = vcpu.nested.gpa
         gpa[0] = shadow_gpa(vcpu)

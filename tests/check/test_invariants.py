@@ -173,6 +173,16 @@ def zapped_root_unannounced(s: Snapshot) -> None:
     s.vcpus[0].values["requests"] = 0
 
 
+def zapped_page_nobody_holds(s: Snapshot) -> None:
+    """A root as zapping leaves it, in the hash, but no vCPU's any more."""
+    root = s.vcpus[0].roots[0][0]
+    page = s.pages[root]
+    s.sptes[root] = 0
+    page["role"] |= 0x800
+    page["root_count"] = 0
+    s.vcpus[0].roots[:] = [(0, 0) if page == root else (page, pgd) for page, pgd in s.vcpus[0].roots]
+
+
 def unsync_above_level_1(s: Snapshot) -> None:
     s.pages["unsync"][active(s, 2)] = 1
     s.stats["mmu_unsync"] += 1
@@ -295,6 +305,7 @@ DAMAGE: list[tuple[str, str, str, Damage]] = [
     ("roots", "shadow", "a reference too many", pages("root_count", lambda n: n + 1, level=4)),
     ("roots", "tdp", "a reference too few", lambda s: s.pages["root_count"].__setitem__(s.tdp_roots, 1)),
     ("roots", "shadow", "a zapped root nobody drops", zapped_root_unannounced),
+    ("roots", "shadow", "a zapped page is nobody's", zapped_page_nobody_holds),
     ("unsync", "shadow", "an upper table lags", unsync_above_level_1),
     ("unsync", "shadow", "mmu_unsync", stat("mmu_unsync")),
     ("unsync bits", "shadow", "a parent does not know", unmark_parent),

@@ -1,13 +1,16 @@
 """Recorded runs of real kernels replay through the model with every answer the recorded one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kvmmmu.conform.replay import MMUS, check, replay
 from kvmmmu.traces import Kind, bundled_trace, open_trace
+from kvmmmu.traces.reader import MEM_CROSSES, MEM_STORE
 from kvmmmu.vm import VM
+from machine import LONG, Machine
 
 SLICES = sorted((Path(__file__).parent.parent / "data" / "traces").glob("*.npz"))
 
@@ -78,3 +81,21 @@ def test_the_shared_traces_agree_in_full(shared: Path) -> None:
     for path in paths:
         report = check(path)
         assert report.ok, "\n".join([report.file, *report.disagreements])
+
+
+@pytest.mark.parametrize("mmu", MMUS)
+def test_a_raw_store_into_two_tables_changes_both(mmu: str) -> None:
+    # Its first page alone is named; the engine translates the second, and moves the value there as well.
+    m = Machine(mmu, LONG)
+    first, second = m.new_table(), m.new_table() + 0x3000
+    m.map(m.mode.user, first)
+    m.map(m.mode.user + 4096, second)
+    words = {"a": m.mode.user + 4092, "b": first + 4092, "c": 0x8877_6655_4433_2211}
+    octets = {"kind": Kind.MEM, "size": 3, "flags": MEM_STORE | MEM_CROSSES, "cpl": 0}
+    columns = SimpleNamespace(
+        **{name: np.array([value], np.uint64) for name, value in words.items()},
+        **{name: np.array([value], np.uint8) for name, value in octets.items()},
+    )
+    done = m.vcpu.replay(columns, values=True)
+    assert (done.events, done.disagreements) == (1, 0)
+    assert (m.peek(first + 4092, 4), m.peek(second, 4)) == (0x4433_2211, 0x8877_6655)

@@ -153,7 +153,7 @@ def test_a_file_that_is_not_there_is_named():
         vectors.check("nowhere.npz")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 20000), at=st.integers(0, 20000), byte=st.integers(1, 255), truncate=st.booleans())
 def test_truncated_and_corrupted_files_are_a_named_error_or_still_readable(tmp_path, cut, at, byte, truncate):
     source = next(path for path in SLICES if path.name == "4level_kut.npz").read_bytes()

@@ -74,7 +74,7 @@ def second_dimension(host: str) -> EptTables | NptTables | None:
     return EptTables(eptp, cpu=cpu)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     mode=st.sampled_from(sorted(MODES)),
     host=st.sampled_from(HOSTS),

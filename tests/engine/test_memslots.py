@@ -506,7 +506,7 @@ class Slots(RuleBasedStateMachine):
 
 
 TestSlots = Slots.TestCase
-TestSlots.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSlots.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_the_tables_of_names_are_as_long_as_the_engines_enums():

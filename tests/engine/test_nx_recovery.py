@@ -202,7 +202,7 @@ STEPS = st.one_of(
 
 
 @every
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(STEPS, max_size=20))
 def test_list_count_and_leaves_stay_consistent(flavour: Flavour, steps: list[tuple[Any, ...]]) -> None:
     b = Box(flavour)

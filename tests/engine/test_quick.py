@@ -45,7 +45,7 @@ def nested_tables(host: str | None) -> EptTables | NptTables | None:
     return EptTables(0x1001E | (0x40 if host == "ept with A/D" else 0), cpu=cpu)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     mode=st.sampled_from(sorted(MODES)),
     host=st.sampled_from(HOSTS),

@@ -40,7 +40,7 @@ steps = st.lists(
 
 @pytest.mark.parametrize("mmu", MMUS)
 @pytest.mark.parametrize("mode", [P32, PAE3, LONG, LONG5], ids=lambda mode: mode.name)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tlb=tlbs, layout=st.lists(number, min_size=40, max_size=40), program=steps)
 def test_answers_and_memory_are_those_of_a_plain_walk(
     mmu: str, mode: Mode, tlb: km.Tlb, layout: list[int], program: list[tuple[Any, ...]]
@@ -71,7 +71,7 @@ def outcome(result: km.AccessResult) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("mmu", MMUS)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(program=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.sampled_from("rwx0")), max_size=40))
 def test_a_guest_that_flushes_runs_alike_with_a_tlb_and_without(mmu: str, program: list[tuple[int, int, str]]) -> None:
     """Remapping and INVLPG of that page alone: everything else that is cached must go on being true."""

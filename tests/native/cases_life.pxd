@@ -413,7 +413,8 @@ cdef inline int c28_two_install_one_spte(World *w) noexcept nogil:
         return 1
     expect(w, w.toucher[R].a.outcome == OUTCOME_MMIO and w.toucher[W].a.outcome == OUTCOME_MMIO, b"both are MMIO")
     expect(w, w.vcpu[0].stats[<int>VSTAT_PF_MMIO_SPTE_CREATED] == 1, b"the loser made none")
-    expect(w, w.vcpu[0].stats[<int>VSTAT_MMIO_CACHE_HIT] == 1, b"its second exit finds the winner's, and its own record")
+    expect(w, w.vcpu[0].stats[<int>VSTAT_MMIO_CACHE_HIT] == 1,
+           b"its second exit finds the winner's, and its own record")
     return 0
 
 

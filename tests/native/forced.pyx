@@ -67,26 +67,32 @@ cdef void cases_list(Cases *c) noexcept nogil:
     case_add(c, b"c29_request_follows_invalidation", c29_request_follows_invalidation, MMU_EPT, True, 0, 0)
     case_add(c, b"r7_zapped_before_walk", r7_zapped_before_walk, MMU_SHADOW, False, 0, 0)
     case_add(c, b"r7_remapped_before_walk", r7_remapped_before_walk, MMU_SHADOW, False, 0, 0)
-    case_add(c, b"c15_page_is_not_reused", c15_page_is_not_reused, MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
+    case_add(c, b"c15_page_is_not_reused", c15_page_is_not_reused,
+             MMU_SHADOW, False, MUTANT_NO_DRAIN, MUTANT_NO_ANNOUNCE)
     case_add(c, b"c16_root_in_use", c16_root_in_use, MMU_SHADOW, False, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c17_root_is_the_vcpus_own", c17_root_is_the_vcpus_own, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c18_tracked_leaf", c18_tracked_leaf, MMU_EPT, True, MUTANT_PLAIN_STORE, 0)
     case_add(c, b"c19_removed_is_seen", c19_removed_is_seen, MMU_EPT, True, 0, 0)
     case_add(c, b"c21_pae_root_entry_is_missing", c21_pae_root_entry_is_missing, MMU_SHADOW, False, 0, 0)
-    case_add(c, b"c22_generation_moves_before_the_record", c22_generation_moves_before_the_record, MMU_SHADOW, False, MUTANT_NO_IN_PROGRESS, MUTANT_NO_SYNC)
+    case_add(c, b"c22_generation_moves_before_the_record", c22_generation_moves_before_the_record,
+             MMU_SHADOW, False, MUTANT_NO_IN_PROGRESS, MUTANT_NO_SYNC)
     case_add(c, b"c23_remapped_and_not_flushed", c23_remapped_and_not_flushed, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c23_flushed_by_another", c23_flushed_by_another, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c24_unsync_before_writable", c24_unsync_before_writable, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c25_table_counted_then_reread", c25_table_counted_then_reread, MMU_SHADOW, False, MUTANT_NO_REREAD, 0)
-    case_add(c, b"c25_written_while_a_fault_waits", c25_written_while_a_fault_waits, MMU_SHADOW, False, MUTANT_NO_REREAD, 0)
-    case_add(c, b"c26_notifier_between_frame_and_lock", c26_notifier_between_frame_and_lock, MMU_SHADOW, False, MUTANT_NO_SEQ, 0)
-    case_add(c, b"c27_flush_waits_for_the_processor", c27_flush_waits_for_the_processor, MMU_EPT, True, MUTANT_NO_DRAIN, 0)
+    case_add(c, b"c25_written_while_a_fault_waits", c25_written_while_a_fault_waits,
+             MMU_SHADOW, False, MUTANT_NO_REREAD, 0)
+    case_add(c, b"c26_notifier_between_frame_and_lock", c26_notifier_between_frame_and_lock,
+             MMU_SHADOW, False, MUTANT_NO_SEQ, 0)
+    case_add(c, b"c27_flush_waits_for_the_processor", c27_flush_waits_for_the_processor,
+             MMU_EPT, True, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c28_two_install_one_spte", c28_two_install_one_spte, MMU_EPT, True, 0, 0)
     case_add(c, b"c28_shadow_serialises", c28_shadow_serialises, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c29_root_goes_before_the_walk", c29_root_goes_before_the_walk, MMU_SHADOW, False, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c30_prefetch_over_an_mmio_spte", c30_prefetch_over_an_mmio_spte, MMU_SHADOW, False, 0, 0)
     case_add(c, b"c31_read_only_frame_replaced", c31_read_only_frame_replaced, MMU_SHADOW, False, MUTANT_NO_DRAIN, 0)
-    case_add(c, b"c32_slot_comes_between_hit_and_emulation", c32_slot_comes_between_hit_and_emulation, MMU_SHADOW, False, MUTANT_NO_SYNC, 0)
+    case_add(c, b"c32_slot_comes_between_hit_and_emulation", c32_slot_comes_between_hit_and_emulation,
+             MMU_SHADOW, False, MUTANT_NO_SYNC, 0)
     case_add(c, b"c33_collapse", c33_collapse, MMU_EPT, True, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c34_generation_goes_round", c34_generation_goes_round, MMU_SHADOW, False, MUTANT_LATE_GENERATION, 0)
 

@@ -202,7 +202,7 @@ STEPS = st.one_of(
 
 
 @pytest.mark.parametrize("flavour", (*DIRECT, Flavour("shadow", LONG), *TDP), ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(STEPS, max_size=40), st.integers(0, 2), st.sampled_from(["4K", "2M"]))
 def test_s18_no_write_is_ever_lost(flavour: Flavour, steps: list[tuple[object, ...]], manual: int, size: str) -> None:
     log = Logged(flavour, manual, size)
