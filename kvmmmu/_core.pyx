@@ -274,6 +274,7 @@ from kvmmmu.bits.paging cimport (
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
+from kvmmmu.engine.fault cimport walk_sptes
 from kvmmmu.engine.quick cimport Quick
 from kvmmmu.engine.single cimport single_flat, single_gpa, single_walk
 from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
@@ -1995,6 +1996,17 @@ cdef class VcpuCore(VcpuHandle):
             built = walk_dict(&v.hw, &hw)
         self.release()
         return guest, built
+
+    def walk_sptes(self, uint64_t address):
+        """``(level, spte, its reserved bits)`` of KVM's own lockless walk, the root's first; none without a table."""
+        cdef uint64_t sptes[6]
+        cdef int level, top = 0, leaf
+        self.claim()
+        leaf = walk_sptes(self.vcpu, address, sptes, &top) if self.vcpu.root.page else 0
+        self.release()
+        return [(level, sptes[level],
+                 rsvd_bits(&self.vcpu.hw, level, sptes[level]) if spte_present(sptes[level]) else 0)
+                for level in range(top, leaf - 1, -1)] if leaf else []
 
     # -- recorded runs
 

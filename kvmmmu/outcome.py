@@ -24,7 +24,7 @@ class Outcome(IntEnum):
     SHUTDOWN = 5
     #: Exits without progress; real KVM would go round for ever.
     HANG = 6
-    #: KVM_RUN fails with an errno.
+    #: KVM_RUN fails with an errno; with EINVAL (22) after an spte was found broken: see ``VCpu.explain_sptes``.
     ERROR = 7
 
 

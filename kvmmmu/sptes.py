@@ -424,13 +424,14 @@ class SpteFormat:
             return SpteWords(word, at, "empty", {})
         if word == self.empty | TABLE["REMOVED_SPTE"]:
             return SpteWords(word, at, "removed", {"being torn down by": "the TDP MMU"})
+        seen = self._core.inspect(word, at)
         mmio = self._core.split(word)
-        if mmio is not None:
+        # A mapping whose broken bits are those of the mask is still a mapping: no mmio spte has KVM's present bit.
+        if mmio is not None and not seen["present"]:
             gfn, access, gen = mmio
             return SpteWords(
                 word, at, "mmio", {"gfn": gfn, "gpa": gfn << 12, "access": _rights(access), "generation": gen}
             )
-        seen = self._core.inspect(word, at)
         if not seen["present"]:
             return SpteWords(word, at, "not present", {"known to KVM": False})
         facts: dict[str, int | str | bool] = {"pfn": seen["pfn"], "hpa": seen["pfn"] << 12}

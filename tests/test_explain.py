@@ -1,10 +1,15 @@
 """What a vCPU says about an address: the guest's tables, then KVM's own, each entry, and what KVM meant by the last."""
 
+import os
+from errno import EINVAL
+
 import numpy as np
 import pytest
 
 from kvmmmu.cpu import HostCpu
+from kvmmmu.outcome import Outcome
 from kvmmmu.vm import VM
+from planted import planted
 
 APIC = 0xFEE00000
 
@@ -36,10 +41,43 @@ def test_an_mmio_spte_is_told_from_an_entry_that_is_merely_wrong(vcpu):
     assert "that is" not in vcpu.explain(0x1000)
 
 
+def test_without_tables_there_are_no_sptes_to_name(vcpu):
+    assert vcpu.explain_sptes(0x1000).endswith("0x1000: KVM has built no tables for this address")
+    with pytest.raises(OverflowError):
+        vcpu.explain_sptes(1 << 64)
+
+
+def test_the_sptes_of_an_address_are_named_from_the_root_to_the_last(vcpu):
+    vcpu.access(APIC, "r")
+    title, *lines = vcpu.explain_sptes(APIC).split("\n")
+    assert title == f"sptes of {'gva' if vcpu.vm.mmu == 'shadow' else 'gpa'} 0xfee00000:"
+    assert ["table" in line for line in lines] == [True] * (len(lines) - 1) + [False]
+    assert " level 1 (4 KiB): mmio: gfn 0xfee00;" in lines[-1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs /proc/self/mem to break an spte")
+@pytest.mark.parametrize(("level", "bit"), [(1, 51), (4, 7)], ids=["address bit of a leaf", "large bit at level 4"])
+def test_after_a_bug_the_broken_spte_is_named_in_the_hierarchy(vcpu, level, bit):
+    if vcpu.vm.mmu == "shadow" and level == 4:
+        level, bit = 2, 52  # paging is off: PAE tables, whose roots hold no rights
+    assert vcpu.access(0x1000, "r").outcome is Outcome.OK
+    with planted(vcpu, 0x1000, level, 1 << bit) as broken:
+        exits = vcpu.vm.stats["mmio_exits"]
+        result = vcpu.access(0x1000, "r")
+        assert (result.outcome, result.error_code, vcpu.vm.stats["mmio_exits"]) == (Outcome.ERROR, EINVAL, exits)
+        lines = vcpu.explain_sptes(0x1000).split("\n")[1:]
+        (line,) = (line for line in lines if "reserved bits" in line)
+        assert f"{broken:#018x} level {level} " in line
+        assert line.endswith(f"reserved bits {1 << bit:#x}")
+    assert vcpu.access(0x1000, "r").outcome is Outcome.OK
+    assert not vcpu.vm.check()
+
+
 def test_explaining_changes_nothing(vcpu):
     vcpu.access(APIC, "r")
     before = dict(vcpu.vm.stats), str(vcpu.vm.page_tables(vcpu))
     vcpu.explain(APIC, "w", cpl=3)
+    vcpu.explain_sptes(APIC)
     assert (dict(vcpu.vm.stats), str(vcpu.vm.page_tables(vcpu))) == before
 
 

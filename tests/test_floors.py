@@ -51,7 +51,7 @@ FRONT = next(number for number, (name, _) in enumerate(FLOORS) if name == "eyes 
 
 ROOM_LINES = 500
 # The door cannot be split (one extension, no include); it holds checks only and is kept short by review.
-DOOR_LINES = 2300
+DOOR_LINES = 2320
 # Every struct of the machine stands in one file, by design.
 STATE_LINES = 700
 

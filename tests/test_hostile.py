@@ -41,6 +41,7 @@ CALLS = {
     "write_efer": lambda vm, vcpu, x: vcpu.write_efer(x),
     "set_sregs": lambda vm, vcpu, x: vcpu.set_sregs(pkru=x),
     "explain": lambda vm, vcpu, x: vcpu.explain(x),
+    "explain_sptes": lambda vm, vcpu, x: vcpu.explain_sptes(x),
     "execute": lambda vm, vcpu, x: vcpu.execute("store", x),
     "execute value": lambda vm, vcpu, x: vcpu.execute("store", 0, value=x),
     "inject": lambda vm, vcpu, x: vcpu.inject(x),
