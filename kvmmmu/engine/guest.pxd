@@ -12,7 +12,7 @@ from kvmmmu.bits.guest_walk cimport (
 )
 from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_NONE, FMT_PAE, Paging, paging_pdptr_bad
 from kvmmmu.bits.spte cimport bits_between
-from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_u32, ld_u64, ld_u8
 from kvmmmu.engine.events cimport (
     ev_paging_element, ev_pagetable_walk, ev_set_accessed_bit, ev_set_dirty_bit, ev_walker_error,
 )
@@ -37,7 +37,7 @@ cdef inline uint8_t *guest_host_atomic(Vcpu *vcpu, uint64_t gpa) noexcept nogil:
     cdef Slot *slot = vcpu_slot(vcpu, gpa >> 12)
     if not slot_visible(slot):
         return NULL
-    if (vcpu.vm.host_states_used
+    if (ld_u8(&vcpu.vm.host_states_used)
             and host_state(vcpu.vm, slot_pfn(slot, gpa >> 12)) & HOSTPAGE_STATE == HOSTPAGE_ABSENT):
         return NULL
     return slot_host(slot, gpa >> 12) + (gpa & 4095)

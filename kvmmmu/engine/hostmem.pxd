@@ -15,7 +15,7 @@ from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, H
                                   WHY_NO_MEMORY)
 from kvmmmu.engine.memory cimport memmap_find
 from kvmmmu.engine.memmap cimport memmap_clone, memmap_cut, memmap_insert
-from kvmmmu.engine.atomics cimport ld_acquire_ptr, st_release_ptr
+from kvmmmu.engine.atomics cimport ld_acquire_ptr, ld_u8, st_release_ptr
 
 
 cdef struct HostPlan:
@@ -330,7 +330,7 @@ cdef inline MemMap *hostmem_commit_bind(Vm *vm, HostPlan *plan) noexcept nogil:
 
 cdef inline void states_forget(Vm *vm, uint64_t pfn, uint64_t npages) noexcept nogil:
     """Frames given back: whoever gets them next has pages that are there."""
-    if vm.host_states_used and pfn < HOST_STATES:
+    if ld_u8(&vm.host_states_used) and pfn < HOST_STATES:
         # No reader is left: the slots that held them are gone.
         memset(vm.host_states + pfn, 0, <size_t>(npages if npages < HOST_STATES - pfn else HOST_STATES - pfn))
 

@@ -37,7 +37,8 @@ cdef inline bint slot_zap_gfns(Vm *vm, Slot *slot, uint64_t first, uint64_t end)
     return flush
 
 
-cdef inline bint slot_unmap(Vm *vm, Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
+cdef inline bint slot_unmap(Vm *vm, Slot *slot, uint64_t first, uint64_t end, bint replaced) noexcept nogil:
+    """``replaced``: new pages take their place, and Linux 3.1 says of none that it was young."""
     cdef uint64_t gfn
     cdef bint flush = False, young
     if not vm.switches.era & ERA_COUNT_OLD:
@@ -47,11 +48,11 @@ cdef inline bint slot_unmap(Vm *vm, Slot *slot, uint64_t first, uint64_t end) no
         young = slot_zap_gfns(vm, slot, gfn, gfn + 1)
         flush |= young
         ev_age_page(vm, <uint64_t>slot.hva + ((gfn - slot.base_gfn) << 12), gfn,
-                    young and not vm.events.quiet_age)
+                    young and not replaced)
     return flush
 
 
-cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept nogil:
+cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end, bint replaced=False) noexcept nogil:
     """The host is about to take [start, end) away: no spte may map it afterwards."""
     cdef SlotSet *slots
     cdef Slot *slot
@@ -74,7 +75,7 @@ cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept 
                 any = True
                 mmu_write_lock(vm)
             flush |= slot_unmap(vm, slot, slot.base_gfn + (<uint64_t>(low - slot.hva) >> 12),
-                                slot.base_gfn + (<uint64_t>(high - slot.hva + 4095) >> 12))
+                                slot.base_gfn + (<uint64_t>(high - slot.hva + 4095) >> 12), replaced)
     if not any:
         return
     if not mutant(vm, MUTANT_NO_SEQ):
@@ -88,9 +89,7 @@ cdef inline void unmap_hva_range(Vm *vm, uint8_t *start, uint8_t *end) noexcept 
 cdef inline void page_replaced(Vm *vm, uint8_t *hva) noexcept nogil:
     """The host copied a page on write: the old mapping went, the new one is announced."""
     # Linux 3.1 announces the new mapping alone, and that it dropped something nobody hears.
-    vm.events.quiet_age = 1
-    unmap_hva_range(vm, hva, hva + 4096)
-    vm.events.quiet_age = 0
+    unmap_hva_range(vm, hva, hva + 4096, True)
     ev_set_spte_hva(vm, <uint64_t>hva)
 
 

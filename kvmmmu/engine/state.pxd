@@ -228,7 +228,6 @@ cdef struct EventRing:
     uint64_t head         # records ever written
     uint64_t tail         # records ever read
     uint64_t dropped
-    uint8_t quiet_age     # kvm_age_page says OLD whatever was dropped
 
 # By tracepoint; the fields w[0..6] of each stand in events.pxd.  Append only, below 64.
 cdef enum:
