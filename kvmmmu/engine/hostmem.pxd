@@ -63,15 +63,6 @@ cdef inline int ranges_from(const Vm *vm, const uint8_t *hva) noexcept nogil:
     return lo
 
 
-cdef inline bint hva_to_pfn(const Vm *vm, const uint8_t *hva, uint64_t *pfn) noexcept nogil:
-    """Frame of a host byte; False when no slot binds it.  Under slots_lock; faults ask ``slot_pfn``."""
-    cdef int i = ranges_from(vm, hva)
-    if i == vm.n_ranges or vm.ranges[i].host > hva:
-        return False
-    pfn[0] = vm.ranges[i].base_pfn + (<uint64_t>(hva - vm.ranges[i].host) >> 12)
-    return True
-
-
 cdef inline int ranges_reserve(Vm *vm, int more) noexcept nogil:
     """Room for ``more`` runs, so that a commit cannot fail."""
     cdef int need = vm.n_ranges + more
