@@ -923,10 +923,13 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
-from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
+from kvmmmu.engine.atomics cimport (fetch_add_u64, guest_store, ld_u64, reader_protocol, st_release_u64,
+                                    user_begin, user_end)
+from kvmmmu.engine.birth cimport (BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, cache_lines, vcpu_birth, vm_birth,
+                                  vm_bury)
 from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin,
                                   vm_inside)
+from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
@@ -1066,8 +1069,8 @@ cdef class VmCore(VmHandle):
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
-                  bint eager_split=True, uint64_t era=0):
-        cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
+                  bint eager_split=True, uint64_t era=0, bint plain_marks=False):
+        cdef Vm *vm = <Vm *>cache_lines(sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
         self.vm = vm
@@ -1083,7 +1086,7 @@ cdef class VmCore(VmHandle):
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages
-        vm.switches.eager_split = eager_split
+        vm.switches.eager_split, vm.plain_marks = eager_split, plain_marks
         vm.switches.era = era
         born = vm_birth(vm)
         if born == BIRTH_NO_ADDRESSES:
@@ -1437,12 +1440,16 @@ cdef class VmCore(VmHandle):
         mmu_write_unlock(self.vm)
         return out
 
+    @property
+    def reader_protocol(self):
+        return reader_protocol(self.vm.lines[0])
+
     # -- counters
 
     def vm_stats(self):
         """Counters of the VM, in VM_STATS_ORDER."""
         cdef int i
-        return [ld_u64(&self.vm.stats[i]) for i in range(VM_STATS)]
+        return [vm_stat(self.vm, i) for i in range(VM_STATS)]
 
     def vcpu_stats(self, int vcpu_id):
         """Counters of a vCPU in VCPU_STATS_ORDER; of all of them together for id -1."""
@@ -1613,7 +1620,7 @@ cdef class VcpuCore(VcpuHandle):
         cdef int born
         owner.check_open()
         self.owner = owner
-        vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
+        vcpu = <Vcpu *>cache_lines(sizeof(Vcpu))
         if vcpu == NULL:
             raise MemoryError("no memory for a vCPU")
         model_arg(&vcpu.model, model)
@@ -2271,7 +2278,7 @@ cdef const char *kvmmmu_vcpu_stat_name(int index) noexcept nogil:
 cdef int kvmmmu_vm_stat(kvmmmu_vm *vm, int index, uint64_t *value) noexcept nogil:
     if vm == NULL or value == NULL or not 0 <= index < VM_STATS:
         return KVMMMU_E_ARGUMENT
-    value[0] = ld_u64(&(<Vm *>vm).stats[index])
+    value[0] = vm_stat(<Vm *>vm, index)
     return KVMMMU_OK
 
 cdef int kvmmmu_vcpu_stat(kvmmmu_vcpu *vcpu, int index, uint64_t *value) noexcept nogil:
