@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu._core import tree_copy_of
+
 if TYPE_CHECKING:
     from kvmmmu.vcpu import VCpu
 
