@@ -8,7 +8,7 @@ whoever wrote that.  Pages freed here wait for readers, without a flush request.
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
-from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_present, spte_writable
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_split_huge_page, ev_spte_requested,
@@ -53,8 +53,8 @@ cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_
     ev_tdp_spte_changed(vm, -1, spte_gfn(vm, index), old, new_, level, role_as_id(sp.role))
     if is_leaf != was_leaf:
         page_stats(vm, level, 1 if is_leaf else -1)
-    if spte_present(old) and not was_leaf and (not spte_present(new_) or spte_pfn(old) != spte_pfn(new_)):
-        tdp_teardown(vm, <int32_t>spte_pfn(old), shared, doomed)
+    if spte_present(old) and not was_leaf and (not spte_present(new_) or (old ^ new_) & PT_ADDR_MASK):
+        tdp_teardown(vm, spte_child(old), shared, doomed)
 
 
 cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) noexcept nogil:
@@ -218,7 +218,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             if f.huge_page_disallowed and f.req_level >= level:
                 nx_disallow(vm, child)
         else:
-            child = <int32_t>spte_pfn(spte)
+            child = spte_child(spte)
         table = child
         level -= 1
     ret = tdp_install(vcpu, f, index, f.gfn & ~(level_pages(level) - 1), &doomed)
@@ -276,7 +276,7 @@ cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared
             continue
         if level > zap_level:
             if not spte_is_last(old, level):
-                tdp_zap_level(vm, <int32_t>spte_pfn(old), zap_level, shared, doomed)
+                tdp_zap_level(vm, spte_child(old), zap_level, shared, doomed)
             continue
         old = xchg_u64(spte_at(vm, base + <uint64_t>i), empty)
         tdp_changed(vm, base + <uint64_t>i, old, empty, shared, doomed)
@@ -341,7 +341,7 @@ cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogi
             spte = spte_read(spte_at(vm, index))
             if not spte_present(spte) or spte_is_last(spte, level):
                 break
-            table = <int32_t>spte_pfn(spte)
+            table = spte_child(spte)
             if table == id:
                 if not cmpxchg_u64(spte_at(vm, index), spte, empty):
                     return False
@@ -386,7 +386,7 @@ cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t e
                 tdp_changed(vm, base + <uint64_t>i, old, empty, False, doomed)
                 any = True
             else:
-                any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)
+                any |= tdp_zap_range(vm, spte_child(old), first, end, doomed)
         gfn += pages
         i += 1
     return any
@@ -418,7 +418,7 @@ cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_
         old = spte_read(spte_at(vm, base + <uint64_t>i))
         if spte_present(old):
             if not spte_is_last(old, level):
-                any |= tdp_wrprot_range(vm, <int32_t>spte_pfn(old), first, end, mask, min_level)
+                any |= tdp_wrprot_range(vm, spte_child(old), first, end, mask, min_level)
             elif spte_writable(old) and level >= min_level:
                 if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
                     # The lockless repair and the processor's A and D bits may get in between.
@@ -468,7 +468,7 @@ cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t
             page_stats(vm, level - 1, ENTRIES)
             ev_split_huge_page(vm, -1, gfn, old, level, 0)
         elif spte_present(old):
-            child = <int32_t>spte_pfn(old)
+            child = spte_child(old)
         if child:
             tdp_split_range(vm, child, first, end)
         gfn += pages
@@ -492,7 +492,7 @@ cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uin
                     and max_mapping_level(vm, slot, gfn, LEVEL_1G) >= level):
                 tdp_zap_entry(vm, base + <uint64_t>i, old, &doomed)
             else:
-                tdp_collapse_range(vm, <int32_t>spte_pfn(old), slot, first, end)
+                tdp_collapse_range(vm, spte_child(old), slot, first, end)
         gfn += pages
         i += 1
     tdp_free(vm, doomed)
