@@ -2,12 +2,12 @@
 
     python benchmarks/bench_threads.py [--rounds N]
 
-Two controls run in the same process and take turns with the contestant, round after round: two VMs of one vCPU each, and
-the same two VMs on an engine that was compiled without mmu_lock, marks and waits (KVMMMU_NO_LOCKS).  Threads begin
+Two controls run in the same process and take turns with the contestant, round after round: two VMs of one vCPU each,
+and the same two VMs on an engine that was compiled without mmu_lock, marks and waits (KVMMMU_NO_LOCKS).  Threads begin
 together, each on its processor, and the first to end stops the other (``thread_kernels.pyx``).  A round counts only if
 both had their processors nearly all the time; what is kept is the median of the ratios within rounds.  Waiting for a
-lock is spinning here, so CPU time counts it too.  The memory of tables was touched before: the host's page faults are no
-part of this.
+lock is spinning here, so CPU time counts it too.  The memory of tables was touched before: the host's page faults are
+no part of this.
 """
 
 from __future__ import annotations
@@ -166,8 +166,7 @@ class Bench:
     ) -> Callable[[], Sample | None]:
         """``parts``: vCPU, what it does, its share, of how many."""
         jobs = [
-            (vcpu, addresses(what, self.n, share, of), what in ("faults", "windows"))
-            for vcpu, what, share, of in parts
+            (vcpu, addresses(what, self.n, share, of), what in ("faults", "windows")) for vcpu, what, share, of in parts
         ]
 
         def run() -> Sample | None:
@@ -229,9 +228,7 @@ def measure(build: Callable[..., ModuleType], rounds: int, n: int) -> tuple[list
     )
     ratio = reader.ratio("writer", "alone", "first")
     beside = f"beside another VM's {reader.ratio('other VM', 'alone', 'first'):.2f}"
-    rows.append(
-        Row("a reader's CPU time beside a writer", ratio, f"<= {WRITER_MOST}", ratio <= WRITER_MOST, beside)
-    )
+    rows.append(Row("a reader's CPU time beside a writer", ratio, f"<= {WRITER_MOST}", ratio <= WRITER_MOST, beside))
     return rows, min(len(contest.rounds) for contest in everything)
 
 
@@ -271,7 +268,8 @@ def main() -> int:
         f"{os.getloadavg()[0]:.1f} after\n"
     )
     for row in rows:
-        sys.stdout.write(f"{row.what:52} {row.ratio:6.2f}  {row.goal:8} {'yes' if row.reached else 'NO':4} {row.others}\n")
+        verdict = "yes" if row.reached else "NO"
+        sys.stdout.write(f"{row.what:52} {row.ratio:6.2f}  {row.goal:8} {verdict:4} {row.others}\n")
     return 0 if all(row.reached for row in rows) else 1
 
 

@@ -1,11 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """One thread's part of a contest: all begin at once, and the first to end stops the rest.
 
-So every access that counts was made while the others worked.  Built twice from the engine's rooms: as they are, and with
-KVMMMU_NO_LOCKS, the control.
+So every access that counts was made while the others worked.  Built twice from the engine's rooms: as they are, and
+with KVMMMU_NO_LOCKS, the control.
 """
 
-from libc.stdint cimport uint32_t, uint64_t, uint8_t
+from libc.stdint cimport uint32_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec
 from kvmmmu._core cimport kvmmmu_vcpu_from
 from kvmmmu.bits.constants cimport PFERR_WRITE

@@ -928,8 +928,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport (fetch_add_u64, guest_store, ld_u64, reader_protocol, st_release_u64,
                                     user_begin, user_end)
-from kvmmmu.engine.birth cimport (BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, cache_lines, vcpu_birth, vm_birth,
-                                  vm_bury)
+from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, lines_new, vcpu_birth, vm_birth, vm_bury
 from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin,
                                   vm_inside)
 from kvmmmu.engine.counters cimport vm_stat
@@ -1074,7 +1073,7 @@ cdef class VmCore(VmHandle):
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
                   bint eager_split=True, uint64_t era=0, bint tdx=False, bint plain_marks=False):
-        cdef Vm *vm = <Vm *>cache_lines(sizeof(Vm))
+        cdef Vm *vm = <Vm *>lines_new(sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
         self.vm = vm
@@ -1622,7 +1621,7 @@ cdef class VcpuCore(VcpuHandle):
         cdef int born
         owner.check_open()
         self.owner = owner
-        vcpu = <Vcpu *>cache_lines(sizeof(Vcpu))
+        vcpu = <Vcpu *>lines_new(sizeof(Vcpu))
         if vcpu == NULL:
             raise MemoryError("no memory for a vCPU")
         model_arg(&vcpu.model, model)

@@ -29,7 +29,7 @@ cdef enum:
     BIRTH_TOO_MANY = 4       # vCPUs
 
 
-cdef inline void *cache_lines(size_t size) noexcept nogil:
+cdef inline void *lines_new(size_t size) noexcept nogil:
     """Zeroed memory that shares no cache line with other memory: what one thread writes, another need not wait for."""
     cdef size_t whole = (size + 63) & ~<size_t>63
     cdef void *p = aligned_alloc(64, whole)
@@ -65,8 +65,8 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
         spte_masks_era(&vm.masks, vm.switches.era, vm.host.maxphyaddr, vm.mmu == MMU_EPT)
     if vm.tdx:
         spte_masks_ve(&vm.masks)
-    vm.mmu_lock = <kvmmmu_rwlock *>cache_lines(sizeof(kvmmmu_rwlock))
-    vm.lines[0] = <kvmmmu_line *>cache_lines(sizeof(kvmmmu_line))
+    vm.mmu_lock = <kvmmmu_rwlock *>lines_new(sizeof(kvmmmu_rwlock))
+    vm.lines[0] = <kvmmmu_line *>lines_new(sizeof(kvmmmu_line))
     vm.n_lines = 1
     if vm.mmu_lock == NULL or vm.lines[0] == NULL:
         return BIRTH_NO_MEMORY
@@ -96,7 +96,7 @@ cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
     """Give a zeroed vCPU, whose ``model`` and absent features are set, its number.  BIRTH_*; the VM then owns it."""
     cdef int born = BIRTH_TOO_MANY
     vcpu.vm = vm
-    vcpu.line = <kvmmmu_line *>cache_lines(sizeof(kvmmmu_line))
+    vcpu.line = <kvmmmu_line *>lines_new(sizeof(kvmmmu_line))
     if vcpu.line == NULL:
         return BIRTH_NO_MEMORY
     line_begin(vm, vcpu.line)

@@ -148,7 +148,7 @@ cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *do
 
 cdef inline bint tdp_set_leaf(Vcpu *vcpu, int level, uint64_t index, uint64_t old, uint64_t new_,
                               int32_t *doomed) noexcept nogil:
-    """As ``tdp_set``, counted by the vCPU: two faults that count in one word wait for each other longer than they take."""
+    """As ``tdp_set``, counted by the vCPU: faults that count in one word wait for it longer than they take."""
     hook(vcpu.vm, POINT_TDP_SET)
     if not cmpxchg_u64(spte_at(vcpu.vm, index), old, new_):
         return False

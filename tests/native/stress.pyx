@@ -1,10 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Everything at once, round after round: vCPUs fault while slots, logs, host pages and quotas change under them.
 
-stress [--seconds N] [--seed S] [--membarrier] [--snapshots] [--plant 1|2]: each round is a new machine under the next MMU.  The
-threads look at what they get and stop at the first answer that no order of events allows.  With --snapshots the state
-at each round's end goes to standard output (a word with its length, then the words) for whoever checks invariants; text
-goes to standard error.  --membarrier: vCPUs mark their lines by plain stores.  --plant 1 is a data race, 2 a use after free: a sanitizer that finds neither looks at nothing.
+stress [--seconds N] [--seed S] [--membarrier] [--snapshots] [--plant 1|2]: each round is a new machine under the next
+MMU.  The threads look at what they get and stop at the first answer that no order of events allows.  With --snapshots
+the state at each round's end goes to standard output (a word with its length, then the words) for whoever checks
+invariants; text goes to standard error.  --membarrier: vCPUs mark their lines by plain stores.  --plant 1 is a data
+race, 2 a use after free: a sanitizer that finds neither looks at nothing.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t

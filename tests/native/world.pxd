@@ -7,7 +7,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs
-from kvmmmu.engine.birth cimport BIRTH_OK, cache_lines, vcpu_birth, vm_birth, vm_bury
+from kvmmmu.engine.birth cimport BIRTH_OK, lines_new, vcpu_birth, vm_birth, vm_bury
 from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim, vcpu_release
 from kvmmmu.engine.region cimport vm_set_region
 from kvmmmu.engine.registers cimport set_sregs
@@ -157,7 +157,7 @@ cdef inline World *world_new_marked(int mmu, int vcpus, bint tdp_mmu, bint plain
     cdef World *w = <World *>calloc(1, sizeof(World))
     cdef Vcpu *vcpu
     cdef int i
-    w.vm = <Vm *>cache_lines(sizeof(Vm))
+    w.vm = <Vm *>lines_new(sizeof(Vm))
     w.ram = <uint8_t *>aligned_alloc(2097152, RAM_PAGES << 12)
     w.extra = <uint8_t *>aligned_alloc(2097152, EXTRA_PAGES << 12)
     memset(w.ram, 0, RAM_PAGES << 12)
@@ -173,7 +173,7 @@ cdef inline World *world_new_marked(int mmu, int vcpus, bint tdp_mmu, bint plain
     if slot_set(w, 0, 0, RAM_PAGES, w.ram, 0, 1) != ERR_NONE:
         return NULL
     for i in range(vcpus):
-        vcpu = <Vcpu *>cache_lines(sizeof(Vcpu))
+        vcpu = <Vcpu *>lines_new(sizeof(Vcpu))
         vcpu.model.maxphyaddr = 40
         vcpu.model.gbpages = 1
         if vcpu_birth(w.vm, vcpu) != BIRTH_OK or not vcpu_start(w, vcpu):
