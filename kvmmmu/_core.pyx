@@ -944,7 +944,7 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vcpu_set_smm, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
@@ -1656,16 +1656,23 @@ cdef class VcpuCore(VcpuHandle):
     # -- registers
 
     def registers(self):
-        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs, smm."""
         cdef Vcpu *v = self.vcpu
         return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
-                tuple([v.regs.pdptr[i] for i in range(4)]))
+                tuple([v.regs.pdptr[i] for i in range(4)]), bool(v.smm))
 
     def set_mode(self, int cpl, bint ac):
         in_range(cpl, "cpl", 0, 3)
         self.claim()
         self.vcpu.cpl = cpl
         self.vcpu.ac = ac
+        self.release()
+
+    def set_smm(self, bint on):
+        """Enter or leave system management mode."""
+        self.claim()
+        with nogil:
+            vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
