@@ -223,6 +223,7 @@ class VmCore(VmHandle):
         nx_huge_pages: bool,
         eager_split: bool = True,
         era: int = 0,
+        tdx: bool = False,
     ) -> VmCore: ...
     def close(self) -> None: ...
     @property

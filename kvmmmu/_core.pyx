@@ -1066,7 +1066,7 @@ cdef class VmCore(VmHandle):
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
-                  bint eager_split=True, uint64_t era=0):
+                  bint eager_split=True, uint64_t era=0, bint tdx=False):
         cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
@@ -1085,6 +1085,7 @@ cdef class VmCore(VmHandle):
         vm.switches.nx_huge_pages = nx_huge_pages
         vm.switches.eager_split = eager_split
         vm.switches.era = era
+        vm.tdx = tdx
         born = vm_birth(vm)
         if born == BIRTH_NO_ADDRESSES:
             raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")
@@ -1532,7 +1533,7 @@ cdef class AccessResult:
     error_code : int
         Of a #PF; an errno for ``Outcome.ERROR``.
     gva : int
-        Address that faulted (CR2); 0 without a fault.
+        Address that faulted (CR2; of a #VE: the guest-linear address); 0 without a fault.
     mmio : tuple of (gpa, size)
         Pieces of the access, one per page, that no memory took: the caller completes them.
     exits : int
@@ -1577,7 +1578,7 @@ cdef class AccessResult:
         parts = [self.outcome.name, f"path={self.path.name}"]
         if self.a.gpa != ALL_ONES:
             parts.append(f"gpa={self.a.gpa:#x}")
-        if self.a.outcome == OUTCOME_PF or self.a.outcome == OUTCOME_GP:
+        if self.a.outcome in (OUTCOME_PF, OUTCOME_GP, OUTCOME_VE):
             parts.append(f"error_code={self.a.error_code:#x}, gva={self.a.fault_gva:#x}")
         if self.a.outcome == OUTCOME_ERROR:
             parts.append(f"errno={self.a.error_code}")

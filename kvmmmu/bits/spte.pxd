@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """KVM's own entries: the masks a host chooses once, and what an spte's bits say.
 
-Linux 6.1 encodings: an empty spte is 0, REMOVED is 0x5a0, bit 11 is KVM's own
-present bit at every level (arch/x86/kvm/mmu/spte.h describes the layout).
+Linux 6.1 encodings: an empty spte is 0, REMOVED is 0x5a0 (a TDX guest has bit 63 in both), bit 11 is
+KVM's own present bit at every level (arch/x86/kvm/mmu/spte.h describes the layout).
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -25,6 +25,8 @@ cdef struct SpteMasks:
     uint64_t mmio_access    # ACC bits an mmio spte keeps
     uint64_t nonpresent_or_rsvd     # L1TF: always set in an mmio spte
     uint64_t nonpresent_low_gfn     # L1TF: address bits kept in place
+    uint64_t empty          # an entry of the TDP MMU that maps nothing
+    uint64_t removed        # one being torn down
     uint8_t ad_enabled      # the processor sets A/D in these tables
     uint8_t mmio_caching    # mmio sptes may be made
 
@@ -43,6 +45,8 @@ cdef inline void spte_masks_legacy(SpteMasks *m, int raw_maxphyaddr, int phys_bi
     m.host_writable = SPTE_HOST_WRITABLE_LEGACY
     m.mmu_writable = SPTE_MMU_WRITABLE_LEGACY
     m.me = 0
+    m.empty = 0
+    m.removed = REMOVED_SPTE
     m.ad_enabled = 1
     spte_masks_l1tf(m, phys_bits, l1tf, cache_bits)
     # Bit 51 is reserved below MAXPHYADDR 52: a present entry with it faults with RSVD.
@@ -66,6 +70,8 @@ cdef inline void spte_masks_ept(SpteMasks *m, int phys_bits, bint l1tf, int cach
     m.host_writable = SPTE_HOST_WRITABLE_EPT
     m.mmu_writable = SPTE_MMU_WRITABLE_EPT
     m.me = 0
+    m.empty = 0
+    m.removed = REMOVED_SPTE
     m.ad_enabled = ad
     spte_masks_l1tf(m, phys_bits, l1tf, cache_bits)
     # Write and execute without read misconfigures, whatever the rest says.
@@ -131,6 +137,8 @@ cdef inline void spte_masks_ve(SpteMasks *m) noexcept nogil:
     Everything else has bit 63 (suppress #VE): an empty entry is that bit alone.
     """
     m.present |= EPT_SUPPRESS_VE
+    m.empty = EPT_SUPPRESS_VE
+    m.removed = REMOVED_SPTE | EPT_SUPPRESS_VE
     m.mmio_value = 0
 
 

@@ -116,9 +116,12 @@ def mmio(s: Snapshot) -> Iterator[Violation]:
                 yield Violation(name, where, f"has generation {gen} of the other space")
         if s.level[page] != 1:
             yield Violation(name, where, f"is at level {s.level[page]}, expected 1")
-    stray = (s.sptes != 0) & (s.shadow | s.tdp)[:, None] & ~s.present & ~s.mmio
+        if s.role(page) & Role.DIRECT and gpa >> 12 != s.gfn[page, entry]:
+            yield Violation(name, where, f"names gfn {gpa >> 12:#x}, expected {s.gfn[page, entry]:#x}")
+    stray = (s.sptes != s.nothing[:, None]) & (s.shadow | s.tdp)[:, None] & ~s.present & ~s.mmio
     for page, entry in np.argwhere(stray).tolist():
-        yield Violation(name, spte_name(s, page * ENTRIES + entry), "is neither present nor an mmio spte, expected 0")
+        found = f"is neither present nor an mmio spte, expected {int(s.nothing[page]):#x}"
+        yield Violation(name, spte_name(s, page * ENTRIES + entry), found)
 
 
 def generation(s: Snapshot) -> Iterator[Violation]:

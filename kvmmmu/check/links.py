@@ -139,7 +139,7 @@ def roots(s: Snapshot) -> Iterator[Violation]:
             yield Violation(name, f"page {page}", f"root_count is {record['root_count']}, expected {count[page] + own}")
         if invalid and record["root_count"] == 0:
             yield Violation(name, f"page {page}", "is zapped and nobody's root, expected freed")
-        if invalid and s.sptes[page].any():
+        if invalid and (s.sptes[page] != s.nothing[page]).any():
             yield Violation(name, f"page {page}", "is zapped, expected all entries empty")
     for page in count:
         if page >= s.top or s.pages["on_list"][page] == LIST_FREE:

@@ -215,6 +215,13 @@ cdef inline void page_give(Vm *vm, int32_t id) noexcept nogil:
     vm.arena.free = id
     spin_unlock(&vm.arena.lock)
 
+cdef inline void page_fill(Vm *vm, int32_t id, uint64_t spte) noexcept nogil:
+    """Where an empty entry is not 0: of a page that nobody else has seen yet."""
+    cdef uint64_t *sptes = page_sptes(vm, id)
+    cdef int i
+    for i in range(ENTRIES):
+        sptes[i] = spte
+
 cdef inline void page_free(Vm *vm, int32_t id) noexcept nogil:
     """Only after a flush: walkers may hold the page until then."""
     memset(page_sptes(vm, id), 0, 4096)
@@ -222,7 +229,7 @@ cdef inline void page_free(Vm *vm, int32_t id) noexcept nogil:
 
 
 cdef inline void cache_fill(Vcpu *vcpu, int n) noexcept nogil:
-    """Take up to ``n`` free pages (at most PAGE_CACHE) before mmu_lock: under it for read no fault touches the arena."""
+    """Take up to ``n`` free pages (at most PAGE_CACHE) before mmu_lock: under it no fault touches the arena."""
     cdef int32_t id
     while vcpu.n_free_pages < n:
         id = page_take(vcpu.vm)
@@ -240,6 +247,8 @@ cdef inline int32_t cache_alloc(Vcpu *vcpu) noexcept nogil:
 
 cdef inline void cache_return(Vcpu *vcpu, int32_t id) noexcept nogil:
     """A page that was never linked, so nobody else has seen it; all its entries are empty."""
+    if vcpu.vm.masks.empty:
+        page_fill(vcpu.vm, id, 0)  # as every page is that waits for its use
     page_at(vcpu.vm, id).on_list = LIST_CACHED
     vcpu.free_pages[vcpu.n_free_pages] = id
     vcpu.n_free_pages += 1

@@ -354,7 +354,12 @@ cdef inline void vm_teardown(Vm *vm) noexcept nogil:
         cache_drop(vm.vcpus[i])
 
 cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
-    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor."""
+    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor.
+
+    The TDX module begins in protected mode.
+    """
+    if vcpu.vm.tdx:
+        vcpu.regs.cr0 = CR0_PE
     roles_refresh(vcpu)
     if not vcpu.vm.host.amd:
         request(vcpu, REQ_TLB_FLUSH)

@@ -11,7 +11,7 @@ from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport SpteMasks
 from kvmmmu.engine.answers cimport (
     Access, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF,
-    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Translation,
+    OUTCOME_SHUTDOWN, OUTCOME_VE, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Translation,
 )
 
 cdef extern from "kvmmmu/lock.h" nogil:
@@ -510,6 +510,7 @@ cdef struct Switches:
 
 cdef struct Vm:
     int mmu               # MMU_*
+    uint8_t tdx           # the shared half of a TDX guest's memory
     HostCpu host
     Switches switches
     SpteMasks masks

@@ -24,7 +24,7 @@ from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock, readers_drain
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.nxpages cimport nx_disallow, nx_forget
 from kvmmmu.engine.pages cimport (
-    cache_alloc, cache_return, level_index, page_alloc, page_at, page_free, page_invalidate,
+    cache_alloc, cache_return, level_index, page_alloc, page_at, page_fill, page_free, page_invalidate,
     role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
@@ -62,13 +62,13 @@ cdef inline uint64_t tdp_claim(Vm *vm, uint64_t *sptep) noexcept nogil:
 
     It waits for walkers alone, so this ends.
     """
-    cdef uint64_t old = xchg_u64(sptep, REMOVED_SPTE)
+    cdef uint64_t removed = vm.masks.removed, old = xchg_u64(sptep, removed)
     cdef unsigned spins = 0
-    while old == REMOVED_SPTE and not mutant(vm, MUTANT_REMOVED_TAKEN):
+    while old == removed and not mutant(vm, MUTANT_REMOVED_TAKEN):
         hook(vm, POINT_REMOVED_WAIT)
         cpu_pause(spins)
         spins += 1
-        old = xchg_u64(sptep, REMOVED_SPTE)
+        old = xchg_u64(sptep, removed)
     return old
 
 cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) noexcept nogil:
@@ -79,7 +79,7 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
     cdef ShadowPage *sp = page_at(vm, id)
     cdef uint64_t base = <uint64_t>id << 9
     cdef uint64_t *sptep
-    cdef uint64_t old
+    cdef uint64_t old, removed = vm.masks.removed
     cdef int i
     ev_prepare_zap_page(vm, -1, id)
     nx_forget(vm, id)
@@ -91,8 +91,8 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
             old = spte_read(sptep)
             if not spte_present(old):
                 continue
-            old = xchg_u64(sptep, REMOVED_SPTE)
-        tdp_changed(vm, base + <uint64_t>i, old, REMOVED_SPTE, shared, doomed)
+            old = xchg_u64(sptep, removed)
+        tdp_changed(vm, base + <uint64_t>i, old, removed, shared, doomed)
     sp.on_list = LIST_INVALID
     sp.list_next = doomed[0]
     doomed[0] = id
@@ -150,11 +150,11 @@ cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, in
 
 cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *doomed) noexcept nogil:
     """Remove one entry while others fault: REMOVED, flush, then empty for the next owner."""
-    if not tdp_set(vm, index, old, REMOVED_SPTE, doomed):
+    if not tdp_set(vm, index, old, vm.masks.removed, doomed):
         return False
     hook(vm, POINT_TDP_REMOVED)
     flush_remote_tlbs(vm)
-    spte_write(spte_at(vm, index), 0)
+    spte_write(spte_at(vm, index), vm.masks.empty)
     return True
 
 # ---- faults ---------------------------------------------------------------------
@@ -165,6 +165,8 @@ cdef inline int32_t tdp_page_new(Vm *vm, int32_t id, int vcpu_id, uint64_t gfn, 
         page_at(vm, id).gfn = gfn
         page_at(vm, id).role = role
         page_at(vm, id).tdp = 1
+        if vm.masks.empty:
+            page_fill(vm, id, vm.masks.empty)
         ev_get_page(vm, vcpu_id, id, True)
     return id
 
@@ -215,7 +217,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
         spte = spte_read(spte_at(vm, index))
         if vm.switches.nx_huge_pages:
             adjust_nx_level(f, spte, level)
-        if spte == REMOVED_SPTE:
+        if spte == vm.masks.removed:
             # Whoever is taking it down owns it, at the goal level too.
             tdp_defer(vm, doomed)
             return RET_PF_RETRY
@@ -225,7 +227,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             if not tdp_zap_entry(vm, index, spte, &doomed):
                 tdp_defer(vm, doomed)
                 return RET_PF_RETRY
-            spte = 0
+            spte = vm.masks.empty
         if not spte_present(spte):
             child = tdp_page_new(vm, cache_alloc(vcpu), vcpu.id, f.gfn & ~(level_pages(level) - 1),
                                  role_with_level(page_at(vm, table).role, level - 1))
@@ -291,7 +293,7 @@ cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)
     cdef int i
-    cdef uint64_t old
+    cdef uint64_t old, empty = vm.masks.empty
     for i in range(ENTRIES):
         old = spte_read(spte_at(vm, base + <uint64_t>i))
         if not spte_present(old):
@@ -300,8 +302,8 @@ cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared
             if not spte_is_last(old, level):
                 tdp_zap_level(vm, <int32_t>spte_pfn(old), zap_level, shared, doomed)
             continue
-        old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
-        tdp_changed(vm, base + <uint64_t>i, old, 0, shared, doomed)
+        old = xchg_u64(spte_at(vm, base + <uint64_t>i), empty)
+        tdp_changed(vm, base + <uint64_t>i, old, empty, shared, doomed)
 
 cdef inline void tdp_zap_root(Vm *vm, int32_t root, bint shared) noexcept nogil:
     """Two passes: below the 1 GiB entries first, so that no step takes too long."""
@@ -353,7 +355,7 @@ cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogi
     """Unlink one table and tear it down, under mmu_lock for write; the caller flushes.  False: nothing leads to it."""
     cdef ShadowPage *sp = page_at(vm, id)
     cdef int32_t root = vm.tdp_roots, table
-    cdef uint64_t index, spte
+    cdef uint64_t index, spte, empty = vm.masks.empty
     cdef int level
     while root:
         table = root
@@ -365,9 +367,9 @@ cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogi
                 break
             table = <int32_t>spte_pfn(spte)
             if table == id:
-                if not cmpxchg_u64(spte_at(vm, index), spte, 0):
+                if not cmpxchg_u64(spte_at(vm, index), spte, empty):
                     return False
-                tdp_changed(vm, index, spte, 0, False, doomed)
+                tdp_changed(vm, index, spte, empty, False, doomed)
                 return True
             level -= 1
         root = page_at(vm, root).list_next
@@ -396,7 +398,7 @@ cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t e
     """Empty the leaves of [first, end) below one table; tables stay.  Under mmu_lock for write."""
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)
-    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
+    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old, empty = vm.masks.empty
     cdef bint any = False
     cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
     gfn += <uint64_t>i * pages
@@ -404,8 +406,8 @@ cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t e
         old = spte_read(spte_at(vm, base + <uint64_t>i))
         if spte_present(old):
             if spte_is_last(old, level):
-                old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
-                tdp_changed(vm, base + <uint64_t>i, old, 0, False, doomed)
+                old = xchg_u64(spte_at(vm, base + <uint64_t>i), empty)
+                tdp_changed(vm, base + <uint64_t>i, old, empty, False, doomed)
                 any = True
             else:
                 any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)

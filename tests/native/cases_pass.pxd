@@ -264,7 +264,7 @@ cdef inline void zap_table_main(void *arg) noexcept nogil:
     mmu_write_unlock(w.vm)
 
 cdef inline int c41_writer_is_let_in(World *w) noexcept nogil:
-    """A writer waits: the pass lets it in, and then looks for its place from the root; its table is another's by now."""
+    """A writer waits: the pass lets it in, and then looks for its place from the root; the table has changed hands."""
     cdef int32_t table
     prepare(w, 0, 1)
     table = spte_page(leaf_index(w, 0, EXTRA_GPA, 1))
