@@ -77,16 +77,22 @@ cdef inline bint iter_next(Vm *vm, TdpIter *it) noexcept nogil:
             return False
         iter_stand(vm, it, it.top, it.first)
         return True
-    # As it is now: the pass, or a fault, may have put a table there.
-    it.old = spte_read(spte_at(vm, it.index))
-    if it.level > it.min_level and spte_present(it.old) and not spte_is_last(it.old, it.level):
-        it.tables[it.level - 1] = <int32_t>spte_pfn(it.old)
-        iter_stand(vm, it, it.level - 1, iter_at(it))
-        return True
+    if it.level > it.min_level:
+        # As it is now: the pass, or a fault, may have put a table there.
+        it.old = spte_read(spte_at(vm, it.index))
+        if spte_present(it.old) and not spte_is_last(it.old, it.level):
+            it.tables[it.level - 1] = <int32_t>spte_pfn(it.old)
+            iter_stand(vm, it, it.level - 1, iter_at(it))
+            return True
     next_gfn = it.gfn + level_pages(it.level)
     if next_gfn >= it.end:
         return False
-    level = it.level
+    if next_gfn & (level_pages(it.level + 1) - 1):
+        it.gfn = next_gfn
+        it.index += 1
+        it.old = spte_read(spte_at(vm, it.index))
+        return True
+    level = it.level + 1
     while next_gfn & (level_pages(level + 1) - 1) == 0:
         level += 1
     iter_stand(vm, it, level, next_gfn)
@@ -98,7 +104,7 @@ cdef inline bint iter_yield(Vm *vm, TdpIter *it) noexcept nogil:
     Not before the pass has come further: a crowd of writers must not hold it up for ever.  The root stays, since
     the MMU gives up its reference under slots_lock, which the caller holds.
     """
-    if not it.shared or iter_at(it) == it.first or not mmu_write_wanted(vm):
+    if not it.shared or not mmu_write_wanted(vm) or iter_at(it) == it.first:
         return False
     vm_read_unlock(vm)
     vm_read_lock(vm)
