@@ -28,5 +28,6 @@ from kvmmmu.bits.paging cimport (
 )
 from kvmmmu.bits.shadow_walk cimport shadow_walk
 from kvmmmu.bits.spte cimport (
-    SpteMasks, spte_is_last, spte_is_mmio, spte_masks_ept, spte_masks_legacy, spte_pfn, spte_present, spte_writable,
+    SpteMasks, spte_child, spte_is_last, spte_is_mmio, spte_masks_ept, spte_masks_legacy, spte_pfn, spte_present,
+    spte_writable,
 )

@@ -60,6 +60,7 @@ class SpteCodec:
         ept_2m: bool,
         ept_1g: bool,
         c_bit: int,
+        sme: bool,
         by_hand: tuple[int, int, int] | None,
         ve: bool,
     ) -> SpteCodec: ...

@@ -19,7 +19,9 @@ from kvmmmu.bits.split cimport (SPLIT_READ_STEPS, SplitRead, split_being_zapped,
 from kvmmmu.bits.split cimport SplitSpte as SplitEntry
 from kvmmmu.engine.codec cimport (codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split, codec_present_bits,
                                   codec_reserved)
-from kvmmmu.bits.paging cimport CpuModel, DIALECT_SDM, Paging, paging_init_ept, paging_init_npt, rsvd_bits
+from kvmmmu.bits.paging cimport (
+    CpuModel, DIALECT_SDM, Paging, paging_encrypted, paging_init_ept, paging_init_npt, rsvd_bits,
+)
 
 
 def constants():
@@ -97,7 +99,7 @@ cdef class SpteCodec:
 
     def __cinit__(self, bint ept, int maxphyaddr, int phys_bits, bint l1tf, int cache_bits, bint ept_ad,
                   bint ept_exec_only, bint mmio_caching, bint gbpages, bint ept_2m, bint ept_1g, int c_bit,
-                  by_hand, bint ve):
+                  bint sme, by_hand, bint ve):
         cdef CpuModel model
         memset(&model, 0, sizeof(model))
         model.maxphyaddr = phys_bits if c_bit and not ept else maxphyaddr
@@ -116,7 +118,8 @@ cdef class SpteCodec:
         else:
             spte_masks_legacy(&self.masks, maxphyaddr, phys_bits, l1tf, cache_bits, mmio_caching)
             if c_bit:
-                spte_masks_sme(&self.masks, phys_bits, c_bit, mmio_caching)
+                spte_masks_sme(&self.masks, phys_bits, c_bit, sme, mmio_caching)
+                paging_encrypted(&self.paging, c_bit)
         if by_hand is not None:
             value, mask, access = by_hand
             spte_masks_mmio(&self.masks, value if mmio_caching else 0, mask, access)
@@ -137,8 +140,8 @@ cdef class SpteCodec:
         return {
             "present": m.present, "user": m.user, "nx": m.nx, "x": m.x, "accessed": m.accessed, "dirty": m.dirty,
             "memtype": m.memtype, "acc_track": m.acc_track, "host_writable": m.host_writable,
-            "mmu_writable": m.mmu_writable, "me": m.me, "mmio_value": m.mmio_value, "mmio_mask": m.mmio_mask,
-            "mmio_access": m.mmio_access, "nonpresent_or_rsvd": m.nonpresent_or_rsvd,
+            "mmu_writable": m.mmu_writable, "address": m.address, "me": m.me, "mmio_value": m.mmio_value,
+            "mmio_mask": m.mmio_mask, "mmio_access": m.mmio_access, "nonpresent_or_rsvd": m.nonpresent_or_rsvd,
             "nonpresent_low_gfn": m.nonpresent_low_gfn,
         }
 
@@ -212,7 +215,7 @@ cdef class SpteCodec:
             "present": bool(spte_present(spte)),
             "leaf": bool(spte_is_last(spte, level)),
             "large": bool(spte_large(spte)) and level > 1,
-            "pfn": spte_pfn(spte),
+            "pfn": spte_pfn(m, spte),
             "writable": bool(spte_writable(spte)),
             "executable": bool(spte_executable(m, spte)),
             "user": (spte & m.user) != 0,
@@ -259,13 +262,11 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 
-from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
 from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
@@ -918,10 +919,8 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
@@ -1077,8 +1076,8 @@ cdef class VmCore(VmHandle):
         self.next_token = 1
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
-         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
-         vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone, vm.host.c_bit, vm.host.mmio_by_hand,
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57, vm.host.ad_first,
+         vm.host.ept_checks_updates, vm.host.rsvd_alone, vm.host.c_bit, vm.host.sme, vm.host.mmio_by_hand,
          vm.host.mmio_value, vm.host.mmio_mask, vm.host.mmio_access) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu

@@ -19,7 +19,6 @@ __all__ = ["PageTables", "TableEntry", "TablePage"]
 
 _MMU_PRESENT: Final = 1 << 11
 _LARGE: Final = 1 << 7
-_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _DIRECT: Final = 1 << 7
 _ACCESS: Final = ("---", "--x", "w--", "w-x", "-u-", "-ux", "wu-", "wux")
 
@@ -115,6 +114,7 @@ class PageTables:
         vm = vcpu.vm
         form = vm.spte_format
         self._empty = np.uint64(form.empty)
+        self._address = form.masks["address"]
         self._mmio = (form.masks["mmio_mask"], form.masks["mmio_value"]) if form.mmio_caching else None
         self._canonical = vm.mmu == "shadow"
 
@@ -172,12 +172,12 @@ class PageTables:
         if self._mmio is not None and not special and spte & self._mmio[0] == self._mmio[1]:
             return "mmio", 0
         if special:
-            return "table", (spte & _ADDRESS) >> 12
+            return "table", (spte & self._address) >> 12
         if not spte & _MMU_PRESENT:
             return "np", 0
         if level == 1 or spte & _LARGE:
-            return "leaf", (spte & _ADDRESS) >> 12
-        return "table", (spte & _ADDRESS) >> 12
+            return "leaf", (spte & self._address) >> 12
+        return "table", (spte & self._address) >> 12
 
     def __str__(self) -> str:
         lines = []

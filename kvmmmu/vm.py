@@ -438,6 +438,7 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ept_checks_updates,
         host.rsvd_alone,
         host.c_bit or 0,
+        host.sme,
         host.mmio_masks is not None,
         *(host.mmio_masks or (0, 0, 0)),
     )

@@ -5,7 +5,7 @@ Linux 6.1 encodings: an empty spte is 0, REMOVED is 0x5a0 (a TDX guest has bit 6
 KVM's own present bit at every level (arch/x86/kvm/mmu/spte.h describes the layout).
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 
 cdef struct SpteMasks:
@@ -19,7 +19,8 @@ cdef struct SpteMasks:
     uint64_t acc_track      # bits cleared to track accesses without hardware A/D
     uint64_t host_writable
     uint64_t mmu_writable
-    uint64_t me             # encryption bit set in every entry (SME)
+    uint64_t address        # bits of a frame's address in a leaf
+    uint64_t me             # shadow_me_value: the C-bit, set in every mapping and link of a host whose kernel uses SME
     uint64_t mmio_value
     uint64_t mmio_mask
     uint64_t mmio_access    # ACC bits an mmio spte keeps
@@ -44,6 +45,7 @@ cdef inline void spte_masks_legacy(SpteMasks *m, int raw_maxphyaddr, int phys_bi
     m.acc_track = 0
     m.host_writable = SPTE_HOST_WRITABLE_LEGACY
     m.mmu_writable = SPTE_MMU_WRITABLE_LEGACY
+    m.address = PT_ADDR_MASK
     m.me = 0
     m.empty = 0
     m.removed = REMOVED_SPTE
@@ -69,6 +71,7 @@ cdef inline void spte_masks_ept(SpteMasks *m, int phys_bits, bint l1tf, int cach
     m.acc_track = EPT_RWX
     m.host_writable = SPTE_HOST_WRITABLE_EPT
     m.mmu_writable = SPTE_MMU_WRITABLE_EPT
+    m.address = PT_ADDR_MASK
     m.me = 0
     m.empty = 0
     m.removed = REMOVED_SPTE
@@ -103,13 +106,17 @@ cdef inline void spte_masks_era(SpteMasks *m, uint64_t era, int raw_maxphyaddr, 
     m.nonpresent_low_gfn = bits_between(51, 12) & ~m.mmio_mask
 
 
-cdef inline void spte_masks_sme(SpteMasks *m, int phys_bits, int c_bit, bint mmio_caching) noexcept nogil:
-    """A host that encrypts memory: every bit it took from the address, but not the C-bit where it is the lowest.
+cdef inline void spte_masks_sme(SpteMasks *m, int phys_bits, int c_bit, bint encrypts,
+                                bint mmio_caching) noexcept nogil:
+    """A host that can encrypt memory, and whose kernel does if it ``encrypts``: then mappings carry the C-bit.
 
-    KVM's svm.c (svm_adjust_mmio_mask): what lies above the reduced width is reserved, the C-bit alone is not.
+    Of mmio sptes every bit it took from the address, but not the C-bit where it is the lowest.  KVM's svm.c
+    (svm_adjust_mmio_mask): what lies above the reduced width is reserved, the C-bit alone is not.
     """
     cdef int lowest = phys_bits + (1 if c_bit == phys_bits else 0)
     cdef uint64_t value = bits_between(51, lowest) | PT_PRESENT_MASK if lowest < 52 else 0
+    m.address &= ~(ONE << c_bit)
+    m.me = ONE << c_bit if encrypts else 0
     spte_masks_mmio(m, value if mmio_caching else 0, value, ACC_W | ACC_U)
 
 
@@ -169,8 +176,13 @@ cdef inline bint spte_is_last(uint64_t spte, int level) noexcept nogil:
     """A present spte at ``level`` maps memory rather than a table."""
     return level == LEVEL_4K or (spte & PT_PAGE_SIZE_MASK) != 0
 
-cdef inline uint64_t spte_pfn(uint64_t spte) noexcept nogil:
-    return (spte & PT_ADDR_MASK) >> 12
+cdef inline uint64_t spte_pfn(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    """The frame that a leaf maps."""
+    return (spte & m.address) >> 12
+
+cdef inline int32_t spte_child(uint64_t spte) noexcept nogil:
+    """The table that an entry leads to, by number: tables are the lowest 2^20 frames, a C-bit stands above."""
+    return <int32_t>(<uint32_t>spte >> 12)
 
 cdef inline bint spte_writable(uint64_t spte) noexcept nogil:
     return (spte & PT_WRITABLE_MASK) != 0  # the same position in every format

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from kvmmmu.check.links import spte_name
 from kvmmmu.check.snapshot import ENTRIES, MMIO_GENERATION, Role, Snapshot
+from kvmmmu.constants import TABLE
 from kvmmmu.errors import Violation
 
 _GENERATION_MASK = (1 << 19) - 1
@@ -98,6 +99,16 @@ def frames(s: Snapshot) -> Iterator[Violation]:
             expected = "no slot there" if wanted is None else f"{wanted:#x}"
             where = spte_name(s, page * ENTRIES + entry)
             yield Violation("frames", where, f"maps gfn {gfn:#x} to pfn {pfn:#x}, expected {expected}")
+
+
+def encryption(s: Snapshot) -> Iterator[Violation]:
+    """Where the host's kernel encrypts its memory every mapping and every link, PAE roots too, carries the C-bit."""
+    bits = np.uint64(TABLE["PT_ADDR_MASK"] & ~s.address)
+    roots = (s.pages["special"] != 0)[:, None] & s.live[:, None] & (s.sptes != 0)
+    wrong = (s.present | roots) & ((s.sptes & bits) != np.uint64(s.me))
+    for page, entry in np.argwhere(wrong).tolist():
+        found = int(s.sptes[page, entry] & bits)
+        yield Violation("encryption", spte_name(s, page * ENTRIES + entry), f"has {found:#x}, expected {s.me:#x}")
 
 
 def mmio(s: Snapshot) -> Iterator[Violation]:

@@ -118,7 +118,7 @@ def _root_references(s: Snapshot) -> Counter[int]:
             if not page:
                 continue
             if s.pages["special"][page]:
-                count.update(int(entry) >> 12 for entry in s.sptes[page, :4].tolist() if entry)
+                count.update(pfn for pfn in s.pfn[page, :4].tolist() if pfn)
             else:
                 count[page] += 1
     return count
@@ -162,5 +162,5 @@ def _is_tdp_root(s: Snapshot, page: int) -> bool:
 
 def _obsolete(s: Snapshot, page: int) -> bool:
     if s.pages["special"][page]:
-        return any(entry and s.role(int(entry) >> 12) & Role.INVALID for entry in s.sptes[page, :4].tolist())
+        return any(pfn and s.role(pfn) & Role.INVALID for pfn in s.pfn[page, :4].tolist())
     return bool(s.role(page) & Role.INVALID)

@@ -49,7 +49,8 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
         spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
                           vm.switches.mmio_scheme != MMIO_OFF)
         if vm.host.c_bit:
-            spte_masks_sme(&vm.masks, vm.host.phys_bits, vm.host.c_bit, vm.switches.mmio_scheme != MMIO_OFF)
+            spte_masks_sme(&vm.masks, vm.host.phys_bits, vm.host.c_bit, vm.host.sme,
+                           vm.switches.mmio_scheme != MMIO_OFF)
     if vm.host.mmio_by_hand:
         spte_masks_mmio(&vm.masks, vm.host.mmio_value if vm.switches.mmio_scheme != MMIO_OFF else 0,
                         vm.host.mmio_mask, vm.host.mmio_access)

@@ -4,6 +4,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.spte cimport spte_child
 from kvmmmu.engine.state cimport (
     HASH_BITS, LIST_ACTIVE, LIST_CACHED, LIST_FREE, LIST_INVALID, LIST_NONE, PAGE_CACHE, PageList, ShadowPage, Vcpu, Vm,
 )
@@ -271,7 +272,7 @@ cdef inline int32_t root_table(Vm *vm, int32_t root, uint64_t address, int *leve
         return root
     pdpte = ld_acquire_u64(page_sptes(vm, root) + ((address >> 30) & 3))
     level[0] = LEVEL_2M
-    return <int32_t>((pdpte & PT_ADDR_MASK) >> 12)
+    return spte_child(pdpte)
 
 # ---- unsync bookkeeping of a parent -----------------------------------------------
 

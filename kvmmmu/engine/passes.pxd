@@ -8,7 +8,7 @@ let in.  Over the pages of one word of the log they run under mmu_lock for write
 
 from libc.stdint cimport int32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_is_last, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present, spte_writable
 from kvmmmu.engine.events cimport ev_split_huge_page
 from kvmmmu.engine.hooks cimport MUTANT_PASS_ONCE, MUTANT_STALE_PATH, mutant
 from kvmmmu.engine.locks cimport mmu_write_wanted, vm_read_lock, vm_read_unlock
@@ -81,7 +81,7 @@ cdef inline bint iter_next(Vm *vm, TdpIter *it) noexcept nogil:
         # As it is now: the pass, or a fault, may have put a table there.
         it.old = spte_read(spte_at(vm, it.index))
         if spte_present(it.old) and not spte_is_last(it.old, it.level):
-            it.tables[it.level - 1] = <int32_t>spte_pfn(it.old)
+            it.tables[it.level - 1] = spte_child(it.old)
             iter_stand(vm, it, it.level - 1, iter_at(it))
             return True
     next_gfn = it.gfn + level_pages(it.level)

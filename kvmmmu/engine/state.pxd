@@ -494,6 +494,7 @@ cdef struct HostCpu:
     uint8_t ad_first      # guest A/D bits are set before the address itself is translated
     uint8_t rsvd_alone    # a reserved-bit fault is reported without P
     uint8_t c_bit         # position of the bit that marks encrypted memory; 0: none
+    uint8_t sme           # the host's kernel sets it, also in KVM's tables
     uint8_t mmio_by_hand  # the next three replace what the host would choose
     uint64_t mmio_value
     uint64_t mmio_mask

@@ -8,7 +8,7 @@ whoever wrote that.  Pages freed here wait for readers, without a flush request.
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
-from kvmmmu.bits.spte cimport spte_is_last, spte_make_nonleaf, spte_pfn, spte_present
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, cpu_pause, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,
@@ -53,8 +53,8 @@ cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_
     ev_tdp_spte_changed(vm, -1, spte_gfn(vm, index), old, new_, level, role_as_id(sp.role))
     if is_leaf != was_leaf:
         page_stats(vm, level, 1 if is_leaf else -1)
-    if spte_present(old) and not was_leaf and (not spte_present(new_) or spte_pfn(old) != spte_pfn(new_)):
-        tdp_teardown(vm, <int32_t>spte_pfn(old), shared, doomed)
+    if spte_present(old) and not was_leaf and (not spte_present(new_) or (old ^ new_) & PT_ADDR_MASK):
+        tdp_teardown(vm, spte_child(old), shared, doomed)
 
 
 cdef inline uint64_t tdp_claim(Vm *vm, uint64_t *sptep) noexcept nogil:
@@ -242,7 +242,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             if f.huge_page_disallowed and f.req_level >= level:
                 nx_disallow(vm, child)
         else:
-            child = <int32_t>spte_pfn(spte)
+            child = spte_child(spte)
         table = child
         level -= 1
     ret = tdp_install(vcpu, f, index, spte, f.gfn & ~(level_pages(level) - 1), &doomed)
@@ -300,7 +300,7 @@ cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared
             continue
         if level > zap_level:
             if not spte_is_last(old, level):
-                tdp_zap_level(vm, <int32_t>spte_pfn(old), zap_level, shared, doomed)
+                tdp_zap_level(vm, spte_child(old), zap_level, shared, doomed)
             continue
         old = xchg_u64(spte_at(vm, base + <uint64_t>i), empty)
         tdp_changed(vm, base + <uint64_t>i, old, empty, shared, doomed)
@@ -365,7 +365,7 @@ cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogi
             spte = spte_read(spte_at(vm, index))
             if not spte_present(spte) or spte_is_last(spte, level):
                 break
-            table = <int32_t>spte_pfn(spte)
+            table = spte_child(spte)
             if table == id:
                 if not cmpxchg_u64(spte_at(vm, index), spte, empty):
                     return False
@@ -410,7 +410,7 @@ cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t e
                 tdp_changed(vm, base + <uint64_t>i, old, empty, False, doomed)
                 any = True
             else:
-                any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)
+                any |= tdp_zap_range(vm, spte_child(old), first, end, doomed)
         gfn += pages
         i += 1
     return any

@@ -77,7 +77,18 @@ def tdx_state() -> Snapshot:
     return Snapshot(m.vm._core.snapshot())
 
 
-STATES = {"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state, "nx": nx_state, "tdx": tdx_state}
+def sme_state() -> Snapshot:
+    """A host that encrypts: PAE roots, tables and leaves with the C-bit."""
+    m = Machine("shadow", FLAT, host=km.HostCpu(vendor="amd", maxphyaddr=48, phys_bits=43, c_bit=47))
+    m.access(DATA)
+    m.access(MMIO)
+    return Snapshot(m.vm._core.snapshot())
+
+
+STATES = {
+    **{"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state, "nx": nx_state},
+    **{"tdx": tdx_state, "sme": sme_state},
+}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -255,6 +266,14 @@ def stray_value(s: Snapshot) -> None:
     s.sptes[at] = np.uint64(0x5A0)
 
 
+def special(s: Snapshot) -> Any:
+    return (s.pages["special"] != 0)[:, None]
+
+
+def clear_c_bit(s: Snapshot, where: Any) -> None:
+    s.sptes[first(where)] &= ~np.uint64(1 << 47)
+
+
 def mmio_elsewhere(s: Snapshot) -> None:
     page, entry = first(s.mmio)
     s.sptes[page, entry ^ 1] = s.sptes[page, entry]
@@ -345,6 +364,9 @@ DAMAGE: list[tuple[str, str, str, Damage]] = [
     ("rights", "shadow", "the slot is read-only", readonly_slot),
     ("frames", "shadow", "another frame", wrong_frame),
     ("frames", "tdp", "another frame", wrong_frame),
+    ("encryption", "sme", "a leaf is read as plain memory", lambda s: clear_c_bit(s, s.leaf)),
+    ("encryption", "sme", "a link is", lambda s: clear_c_bit(s, s.link)),
+    ("encryption", "sme", "a PAE root is", lambda s: clear_c_bit(s, special(s) & (s.sptes != 0))),
     ("mmio", "tdp", "a slot stands there", slot_over_mmio),
     ("mmio", "shadow", "neither present nor MMIO", stray_value),
     ("mmio", "tdp", "of another gfn", mmio_elsewhere),
