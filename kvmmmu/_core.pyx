@@ -262,13 +262,11 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 
-from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
 from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
@@ -921,16 +919,12 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
-from kvmmmu.engine.atomics cimport (fetch_add_u64, guest_store, ld_u64, reader_protocol, st_release_u64,
-                                    user_begin, user_end)
+from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, lines_new, vcpu_birth, vm_birth, vm_bury
-from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin,
-                                  vm_inside)
+from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin, vm_inside
 from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
@@ -949,7 +943,7 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vcpu_set_smm, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
@@ -1089,15 +1083,14 @@ cdef class VmCore(VmHandle):
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages
-        vm.switches.eager_split, vm.plain_marks = eager_split, plain_marks
+        vm.switches.eager_split, vm.tdx, vm.plain_marks = eager_split, tdx, plain_marks
         vm.switches.era = era
-        vm.tdx = tdx
         born = vm_birth(vm)
         if born == BIRTH_NO_ADDRESSES:
             raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")
         if born != BIRTH_OK:
             raise MemoryError("no memory for a VM")
-        self.reader_protocol = reader_protocol(vm.lines[0])
+        self.reader_protocol = vm.reader_protocol
 
     def __dealloc__(self):
         if self.vm != NULL:
@@ -1664,16 +1657,23 @@ cdef class VcpuCore(VcpuHandle):
     # -- registers
 
     def registers(self):
-        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs, smm."""
         cdef Vcpu *v = self.vcpu
         return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
-                tuple([v.regs.pdptr[i] for i in range(4)]))
+                tuple([v.regs.pdptr[i] for i in range(4)]), bool(v.smm))
 
     def set_mode(self, int cpl, bint ac):
         in_range(cpl, "cpl", 0, 3)
         self.claim()
         self.vcpu.cpl = cpl
         self.vcpu.ac = ac
+        self.release()
+
+    def set_smm(self, bint on):
+        """Enter or leave system management mode."""
+        self.claim()
+        with nogil:
+            vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):

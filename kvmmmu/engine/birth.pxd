@@ -1,14 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """A VM and its vCPUs come into being and go: every main, the Python door or a native one, begins here."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint8_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 from kvmmmu.bits.paging cimport CpuModel
 from kvmmmu.bits.spte cimport (
     spte_masks_ept, spte_masks_era, spte_masks_legacy, spte_masks_mmio, spte_masks_sme, spte_masks_ve,
 )
-from kvmmmu.engine.atomics cimport LINE_PLAIN, membarrier_register, st_release_u32
+from kvmmmu.engine.atomics cimport LINE_PLAIN, membarrier_register, reader_protocol, st_release_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.notifier cimport page_replaced
 from kvmmmu.engine.region cimport vm_slots_free, vm_slots_init
@@ -72,6 +72,7 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
         return BIRTH_NO_MEMORY
     vm.plain_marks = vm.plain_marks and membarrier_register()
     line_begin(vm, vm.lines[0])
+    vm.reader_protocol = <uint8_t>reader_protocol(vm.lines[0])
     if not vm_slots_init(vm):
         return BIRTH_NO_SLOTS
     return BIRTH_OK if vm_memory_init(vm) else BIRTH_NO_ADDRESSES

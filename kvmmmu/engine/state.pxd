@@ -518,7 +518,8 @@ cdef struct Vm:
     SpteMasks masks
     Paging spte_format    # KVM's tables in the format the processor walks; root and roles filled per vCPU
     kvmmmu_rwlock *mmu_lock
-    uint8_t plain_marks   # asked for, and from birth on: had; vCPUs mark their lines by plain stores (lock.h)
+    uint8_t plain_marks   # asked for: vCPUs mark their lines by plain stores (lock.h)
+    uint8_t reader_protocol  # what came of it, KVMMMU_READERS_*
     kvmmmu_line *lines[65]  # 0: the VM's own, for who holds slots_lock; then those of the vCPUs
     int n_lines           # published last
     Vcpu *vcpus[64]
