@@ -965,8 +965,8 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
-from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_claim_enter, vcpu_release, vm_close_begin,
-                                  vm_inside)
+from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_claim_enter, vcpu_release,
+                                  vm_close_begin, vm_inside)
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
