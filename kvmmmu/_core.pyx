@@ -292,8 +292,7 @@ FAULTS = tuple(_Fault)
 RIGHTS = tuple(map(_Rights, range(8)))
 
 cdef extern from "Python.h":
-    # Without Cython's own check behind it: the caller looks for an error where there can be one.
-    # (CPython's conversion to size_t adds digits; that to unsigned long long goes byte by byte.)
+    # Without Cython's check: the caller looks.  size_t, because CPython goes byte by byte to unsigned long long.
     uint64_t raw_word "PyLong_AsSize_t" (object) noexcept
 
 cdef extern from *:
@@ -1663,7 +1662,6 @@ cdef class VcpuCore(VcpuHandle):
         if claim != CLAIM_OK:
             return self.refuse(claim)
         self.alone = alone
-        return 0
 
     cdef int refuse(self, int claim) except -1:
         if claim == CLAIM_BUSY:
@@ -1811,8 +1809,7 @@ cdef class VcpuCore(VcpuHandle):
     # -- accesses
 
     @cython.final
-    cdef inline int make_access(self, int cpl, uint64_t gva, uint64_t access, int size, uint8_t *data,
-                                Access *out) except -1:
+    cdef inline int make_access(self, int cpl, uint64_t gva, uint64_t bits, int n, uint8_t *data, Access *out) except -1:
         """``cpl`` -1: at the vCPU's own level."""
         cdef uint8_t own
         self.take(True)
@@ -1820,10 +1817,10 @@ cdef class VcpuCore(VcpuHandle):
         if cpl >= 0:
             self.vcpu.cpl = <uint8_t>cpl
         if self.alone:
-            vcpu_access(self.vcpu, gva, access, size, data, out)
+            vcpu_access(self.vcpu, gva, bits, n, data, out)
         else:
             with nogil:
-                vcpu_access(self.vcpu, gva, access, size, data, out)
+                vcpu_access(self.vcpu, gva, bits, n, data, out)
         self.vcpu.cpl = own
         self.release()
         return 0
