@@ -1809,7 +1809,7 @@ cdef class VcpuCore(VcpuHandle):
     # -- accesses
 
     @cython.final
-    cdef inline int make_access(self, int cpl, uint64_t gva, uint64_t bits, int n, uint8_t *data, Access *out) except -1:
+    cdef int make_access(self, int cpl, uint64_t gva, uint64_t bits, int n, uint8_t *data, Access *out) except -1:
         """``cpl`` -1: at the vCPU's own level."""
         cdef uint8_t own
         self.take(True)
