@@ -1686,8 +1686,7 @@ cdef class VcpuCore(VcpuHandle):
     def set_smm(self, bint on):
         """Enter or leave system management mode."""
         self.claim()
-        with nogil:
-            vcpu_set_smm(self.vcpu, on)
+        vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
@@ -2078,7 +2077,6 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
 
 # ---- trees: a copy of the tables KVM built
 
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.trees cimport TreePage, tree_copy, tree_list
 
 TREE_PAGE_DTYPE = np.dtype(
@@ -2129,7 +2127,6 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stddef cimport size_t
 from libc.string cimport strcmp
 from kvmmmu.engine.embed cimport (
     Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
