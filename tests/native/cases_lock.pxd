@@ -27,10 +27,10 @@ cdef inline void read_main(void *arg) noexcept nogil:
 
 cdef inline int waits(World *w, int looks) noexcept nogil:
     """The holder has the lock, the waiter has looked so often, the lock is free again."""
-    cdef int i
+    cdef int _look
     if turns_step(HOLDER, POINT_FAULT_LOCKED):
         return 1
-    for i in range(looks):
+    for _look in range(looks):
         if turns_step(WAITER, POINT_LOCK_WAIT):
             return 1
     return turns_step(HOLDER, POINT_END)
