@@ -933,6 +933,7 @@ from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
+from kvmmmu.engine.many cimport access_many
 from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
                                      slots_generation, vm_slots)
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_write_lock, mmu_write_unlock
@@ -949,7 +950,7 @@ from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
 from kvmmmu.engine.tlblist cimport TLB_RECORD_WORDS, tlb_records
-from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+from kvmmmu.engine.vcpu cimport vcpu_access
 
 import operator
 

@@ -9,6 +9,7 @@ from turns cimport *
 from world cimport *
 from cases_walk cimport *
 from cases_life cimport *
+from cases_batch cimport *
 
 ctypedef int (*case_fn)(World *) noexcept nogil
 
@@ -95,6 +96,9 @@ cdef void cases_list(Cases *c) noexcept nogil:
              MMU_SHADOW, False, MUTANT_NO_SYNC, 0)
     case_add(c, b"c33_collapse", c33_collapse, MMU_EPT, True, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c34_generation_goes_round", c34_generation_goes_round, MMU_SHADOW, False, MUTANT_LATE_GENERATION, 0)
+    case_add(c, b"c42_batch_leaves_at_a_request", c42_batch_leaves_at_a_request,
+             MMU_SHADOW, False, MUTANT_DEAF_BATCH, 0)
+    case_add(c, b"c42_nested_batch_leaves", c42_batch_leaves_at_a_request, MMU_EPT, True, MUTANT_DEAF_BATCH, 0)
 
 
 cdef int case_run(const Case *it, bint points) noexcept nogil:

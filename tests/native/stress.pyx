@@ -18,6 +18,7 @@ from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport events_copy
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.many cimport access_many
 from kvmmmu.engine.notifier cimport slot_dontneed, unmap_hva_range
 from kvmmmu.engine.registers cimport load_cr3
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
@@ -25,7 +26,7 @@ from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.state cimport (
     Access, Event, MMU_EPT, MMU_NPT, MMU_SHADOW, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, Slot, Vcpu, Vm,
 )
-from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+from kvmmmu.engine.vcpu cimport vcpu_access
 from kvmmmu.engine.zap cimport set_max_pages
 from world cimport *
 

@@ -60,6 +60,7 @@ enum {
     KVMMMU_MUTANT_PLAIN_STORE,     /* the lockless repair stores instead of exchanging */
     KVMMMU_MUTANT_NO_REREAD,       /* a fault does not read its table again under the lock */
     KVMMMU_MUTANT_LATE_GENERATION, /* the generation is read after the walk */
+    KVMMMU_MUTANT_DEAF_BATCH,      /* a batch goes on with what it remembers, whatever is requested */
     KVMMMU_MUTANTS
 };
 
