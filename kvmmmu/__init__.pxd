@@ -9,8 +9,8 @@ from kvmmmu._core cimport (
     KVMMMU_AC, KVMMMU_E_ARGUMENT, KVMMMU_E_BUSY, KVMMMU_E_CLOSED, KVMMMU_E_GP, KVMMMU_FETCH, KVMMMU_IMPLICIT,
     KVMMMU_MAX_ACCESS, KVMMMU_OK, KVMMMU_OUTCOME_ERROR, KVMMMU_OUTCOME_GP, KVMMMU_OUTCOME_HANG,
     KVMMMU_OUTCOME_INTERNAL_ERROR, KVMMMU_OUTCOME_MMIO, KVMMMU_OUTCOME_OK, KVMMMU_OUTCOME_PF, KVMMMU_OUTCOME_SHUTDOWN,
-    KVMMMU_OWN_CPL, KVMMMU_PATH_EMULATED, KVMMMU_PATH_FAULT, KVMMMU_PATH_HARDWARE, KVMMMU_READ, KVMMMU_SET_AD,
-    KVMMMU_STOPPED, KVMMMU_WRITE, TablesHandle, VcpuHandle, VmHandle, kvmmmu_access, kvmmmu_access_many,
+    KVMMMU_OUTCOME_VE, KVMMMU_OWN_CPL, KVMMMU_PATH_EMULATED, KVMMMU_PATH_FAULT, KVMMMU_PATH_HARDWARE, KVMMMU_READ,
+    KVMMMU_SET_AD, KVMMMU_STOPPED, KVMMMU_WRITE, TablesHandle, VcpuHandle, VmHandle, kvmmmu_access, kvmmmu_access_many,
     kvmmmu_get_sregs, kvmmmu_invlpg, kvmmmu_load_cr3, kvmmmu_make_access, kvmmmu_read, kvmmmu_set_sregs, kvmmmu_sregs,
     kvmmmu_status_text, kvmmmu_sync_roots, kvmmmu_tables, kvmmmu_tables_from, kvmmmu_translate, kvmmmu_translation,
     kvmmmu_vcpu, kvmmmu_vcpu_from, kvmmmu_vcpu_stat, kvmmmu_vcpu_stat_index, kvmmmu_vcpu_stat_name, kvmmmu_vm,
@@ -28,5 +28,6 @@ from kvmmmu.bits.paging cimport (
 )
 from kvmmmu.bits.shadow_walk cimport shadow_walk
 from kvmmmu.bits.spte cimport (
-    SpteMasks, spte_is_last, spte_is_mmio, spte_masks_ept, spte_masks_legacy, spte_pfn, spte_present, spte_writable,
+    SpteMasks, spte_child, spte_is_last, spte_is_mmio, spte_masks_ept, spte_masks_legacy, spte_pfn, spte_present,
+    spte_writable,
 )

@@ -44,6 +44,7 @@ cdef extern from "kvmmmu/capi.h" nogil:
         KVMMMU_OUTCOME_SHUTDOWN
         KVMMMU_OUTCOME_HANG
         KVMMMU_OUTCOME_ERROR
+        KVMMMU_OUTCOME_VE
 
     enum:
         KVMMMU_PATH_HARDWARE

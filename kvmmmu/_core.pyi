@@ -60,6 +60,7 @@ class SpteCodec:
         ept_2m: bool,
         ept_1g: bool,
         c_bit: int,
+        sme: bool,
         by_hand: tuple[int, int, int] | None,
         ve: bool,
     ) -> SpteCodec: ...
@@ -223,6 +224,7 @@ class VmCore(VmHandle):
         nx_huge_pages: bool,
         eager_split: bool = True,
         era: int = 0,
+        tdx: bool = False,
     ) -> VmCore: ...
     def close(self) -> None: ...
     @property

@@ -19,7 +19,9 @@ from kvmmmu.bits.split cimport (SPLIT_READ_STEPS, SplitRead, split_being_zapped,
 from kvmmmu.bits.split cimport SplitSpte as SplitEntry
 from kvmmmu.engine.codec cimport (codec_is_mmio, codec_max_gfn, codec_mmio_make, codec_mmio_split, codec_present_bits,
                                   codec_reserved)
-from kvmmmu.bits.paging cimport CpuModel, DIALECT_SDM, Paging, paging_init_ept, paging_init_npt, rsvd_bits
+from kvmmmu.bits.paging cimport (
+    CpuModel, DIALECT_SDM, Paging, paging_encrypted, paging_init_ept, paging_init_npt, rsvd_bits,
+)
 
 
 def constants():
@@ -97,7 +99,7 @@ cdef class SpteCodec:
 
     def __cinit__(self, bint ept, int maxphyaddr, int phys_bits, bint l1tf, int cache_bits, bint ept_ad,
                   bint ept_exec_only, bint mmio_caching, bint gbpages, bint ept_2m, bint ept_1g, int c_bit,
-                  by_hand, bint ve):
+                  bint sme, by_hand, bint ve):
         cdef CpuModel model
         memset(&model, 0, sizeof(model))
         model.maxphyaddr = phys_bits if c_bit and not ept else maxphyaddr
@@ -116,7 +118,8 @@ cdef class SpteCodec:
         else:
             spte_masks_legacy(&self.masks, maxphyaddr, phys_bits, l1tf, cache_bits, mmio_caching)
             if c_bit:
-                spte_masks_sme(&self.masks, phys_bits, c_bit, mmio_caching)
+                spte_masks_sme(&self.masks, phys_bits, c_bit, sme, mmio_caching)
+                paging_encrypted(&self.paging, c_bit)
         if by_hand is not None:
             value, mask, access = by_hand
             spte_masks_mmio(&self.masks, value if mmio_caching else 0, mask, access)
@@ -137,8 +140,8 @@ cdef class SpteCodec:
         return {
             "present": m.present, "user": m.user, "nx": m.nx, "x": m.x, "accessed": m.accessed, "dirty": m.dirty,
             "memtype": m.memtype, "acc_track": m.acc_track, "host_writable": m.host_writable,
-            "mmu_writable": m.mmu_writable, "me": m.me, "mmio_value": m.mmio_value, "mmio_mask": m.mmio_mask,
-            "mmio_access": m.mmio_access, "nonpresent_or_rsvd": m.nonpresent_or_rsvd,
+            "mmu_writable": m.mmu_writable, "address": m.address, "me": m.me, "mmio_value": m.mmio_value,
+            "mmio_mask": m.mmio_mask, "mmio_access": m.mmio_access, "nonpresent_or_rsvd": m.nonpresent_or_rsvd,
             "nonpresent_low_gfn": m.nonpresent_low_gfn,
         }
 
@@ -212,7 +215,7 @@ cdef class SpteCodec:
             "present": bool(spte_present(spte)),
             "leaf": bool(spte_is_last(spte, level)),
             "large": bool(spte_large(spte)) and level > 1,
-            "pfn": spte_pfn(spte),
+            "pfn": spte_pfn(m, spte),
             "writable": bool(spte_writable(spte)),
             "executable": bool(spte_executable(m, spte)),
             "user": (spte & m.user) != 0,
@@ -1067,7 +1070,7 @@ cdef class VmCore(VmHandle):
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
-                  bint eager_split=True, uint64_t era=0):
+                  bint eager_split=True, uint64_t era=0, bint tdx=False):
         cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
@@ -1078,14 +1081,15 @@ cdef class VmCore(VmHandle):
         self.next_token = 1
         vm.mmu = mmu
         (vm.host.maxphyaddr, vm.host.phys_bits, vm.host.gbpages, vm.host.l1tf, vm.host.cache_bits, vm.host.ept_ad,
-         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57,
-         vm.host.ad_first, vm.host.ept_checks_updates, vm.host.rsvd_alone, vm.host.c_bit, vm.host.mmio_by_hand,
+         vm.host.ept_exec_only, vm.host.ept_1g, vm.host.ept_2m, vm.host.amd, vm.host.la57, vm.host.ad_first,
+         vm.host.ept_checks_updates, vm.host.rsvd_alone, vm.host.c_bit, vm.host.sme, vm.host.mmio_by_hand,
          vm.host.mmio_value, vm.host.mmio_mask, vm.host.mmio_access) = host
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages
         vm.switches.eager_split = eager_split
         vm.switches.era = era
+        vm.tdx = tdx
         born = vm_birth(vm)
         if born == BIRTH_NO_ADDRESSES:
             raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")
@@ -1533,7 +1537,7 @@ cdef class AccessResult:
     error_code : int
         Of a #PF; an errno for ``Outcome.ERROR``.
     gva : int
-        Address that faulted (CR2); 0 without a fault.
+        Address that faulted (CR2; of a #VE: the guest-linear address); 0 without a fault.
     mmio : tuple of (gpa, size)
         Pieces of the access, one per page, that no memory took: the caller completes them.
     exits : int
@@ -1578,7 +1582,7 @@ cdef class AccessResult:
         parts = [self.outcome.name, f"path={self.path.name}"]
         if self.a.gpa != ALL_ONES:
             parts.append(f"gpa={self.a.gpa:#x}")
-        if self.a.outcome == OUTCOME_PF or self.a.outcome == OUTCOME_GP:
+        if self.a.outcome in (OUTCOME_PF, OUTCOME_GP, OUTCOME_VE):
             parts.append(f"error_code={self.a.error_code:#x}, gva={self.a.fault_gva:#x}")
         if self.a.outcome == OUTCOME_ERROR:
             parts.append(f"errno={self.a.error_code}")

@@ -353,6 +353,8 @@ def walk(dump: Path, gva: int, access: str, cpl: int, dialect: str) -> None:
 @click.option("--phys-bits", type=int, help="Address bits after encryption keys (default: MAXPHYADDR).")
 @click.option("--l1tf", is_flag=True, help="The host has the L1TF flaw.")
 @click.option("--cache-bits", type=int, help="Address bits its L1 cache compares (default: --phys-bits).")
+@click.option("--c-bit", type=int, help="The address bit that marks encrypted memory (default: there is none).")
+@click.option("--tdx", is_flag=True, help="It is a TDX guest's (with --mmu ept).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
 def decode(
     spte: int,
@@ -362,12 +364,16 @@ def decode(
     phys_bits: int | None,
     l1tf: bool,
     cache_bits: int | None,
+    c_bit: int | None,
+    tdx: bool,
     as_json: bool,
 ) -> None:
     """Say in words what an spte (KVM's own page-table entry) is."""
     from kvmmmu.sptes import SpteFormat
 
-    made_by = SpteFormat(mmu, maxphyaddr=maxphyaddr, phys_bits=phys_bits, l1tf=l1tf, cache_bits=cache_bits)
+    made_by = SpteFormat(
+        mmu, maxphyaddr=maxphyaddr, phys_bits=phys_bits, l1tf=l1tf, cache_bits=cache_bits, c_bit=c_bit, ve=tdx
+    )
     words = made_by.decode(spte, level=level)
     if as_json:
         _print_json({"spte": words.spte, "level": words.level, "kind": words.kind, "facts": words.facts})

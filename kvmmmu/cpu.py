@@ -135,7 +135,10 @@ class HostCpu:
         Reserved-bit page faults lack P in their error code (some emulators; SDM vol. 3A section 4.7 says otherwise).
     c_bit : int, optional
         The address bit that marks encrypted memory (SME, SEV), 32 to 51, on a host of AMD where that is switched on:
-        address bits from ``phys_bits`` up are reserved and make ordinary and NPT mmio sptes.
+        address bits from ``phys_bits`` up, but not this one, are reserved and make ordinary and NPT mmio sptes.
+    sme : bool
+        Where there is a ``c_bit``: the host's kernel encrypts its memory (``mem_encrypt=on``), so that every mapping
+        and link in KVM's ordinary and NPT tables carries that bit.
     mmio_masks : (int, int, int), optional
         Value, mask and access mask of mmio sptes, set by hand instead of what the host would choose.  Masks that
         break KVM's rules (see ``SpteFormat``) leave the host without mmio sptes.
@@ -163,6 +166,7 @@ class HostCpu:
     ad_first: bool = False
     rsvd_alone: bool = False
     c_bit: int | None = None
+    sme: bool = True
     mmio_masks: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:

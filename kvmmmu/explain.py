@@ -118,6 +118,7 @@ def explain_walk(
     source: str = "gva",
     target: str = "gpa",
     known: Callable[[int, int], str | None] | None = None,
+    ve: bool = False,
 ) -> str:
     """Say in words what a walk saw, entry by entry, and why it ended.
 
@@ -130,6 +131,8 @@ def explain_walk(
     known : callable, optional
         Given the value and the level of the entry that ended the walk in a fault, says what its owner
         means by it, or None.
+    ve : bool
+        The processor turns convertible EPT violations into #VE.
 
     Returns
     -------
@@ -148,7 +151,8 @@ def explain_walk(
     elif not nested_fault:
         meant = known(result.entries[-1].value, result.entries[-1].level) if known and result.entries else None
         lines += [f"  that is {meant}"] if meant else []
-        lines.append(f"  {_FAULTS[result.fault]}{_code_text(result)}: {_reason(result)}")
+        told = ", #VE in the guest" if ve and result.convertible else ""
+        lines.append(f"  {_FAULTS[result.fault]}{_code_text(result)}{told}: {_reason(result)}")
     if second is not None and (result.ok or nested_fault):
         lines += _lines(second, "gpa")
         if second.ok:

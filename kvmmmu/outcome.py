@@ -26,6 +26,8 @@ class Outcome(IntEnum):
     HANG = 6
     #: KVM_RUN fails with an errno; with EINVAL (22) after an spte was found broken: see ``VCpu.explain_sptes``.
     ERROR = 7
+    #: A TDX guest gets a virtualization exception (#VE): no memory stands there, and it is to ask for what it wants.
+    VE = 8
 
 
 class Path(IntEnum):

@@ -48,7 +48,11 @@ class SpteHost(Protocol):
 
     @property
     def c_bit(self) -> int | None:
-        """The address bit that marks encrypted memory; None: memory is not encrypted."""
+        """The address bit that marks encrypted memory; None: memory cannot be encrypted."""
+
+    @property
+    def sme(self) -> bool:
+        """Where there is such a bit: the host's kernel sets it, also in KVM's own tables."""
 
     @property
     def mmio_masks(self) -> tuple[int, int, int] | None:

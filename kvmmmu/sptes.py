@@ -105,7 +105,9 @@ class SpteFormat:
     c_bit : int, optional
         The address bit that marks encrypted memory (SME, SEV), 32…51: outside EPT the bits of mmio sptes are then
         those from ``phys_bits`` up to 51 and P, from one higher where ``c_bit`` equals ``phys_bits``; none if that
-        is 52.
+        is 52.  The bit itself is neither reserved nor part of a frame's address.
+    sme : bool
+        With a ``c_bit``: every mapping and link carries it (``masks["me"]``).
     mmio_masks : (int, int, int), optional
         Value, mask and access mask set by hand.  As in KVM there are no mmio sptes unless the access mask fits 32
         bits, the mask is within bits 63, 51…12 and 2…0, the value is within the mask and clear of both places of the
@@ -135,6 +137,7 @@ class SpteFormat:
         ept_2m: bool = True,
         ept_1g: bool = True,
         c_bit: SupportsIndex | None = None,
+        sme: bool = True,
         mmio_masks: tuple[int, int, int] | None = None,
         ve: bool = False,
     ) -> None:
@@ -168,6 +171,7 @@ class SpteFormat:
             bool(ept_2m),
             bool(ept_1g),
             self.c_bit or 0,
+            bool(sme),
             None if mmio_masks is None else words,
             self.ve,
         )
@@ -188,6 +192,7 @@ class SpteFormat:
             ept_2m=host.ept_2m,
             ept_1g=host.ept_1g,
             c_bit=host.c_bit,
+            sme=host.sme,
             mmio_masks=host.mmio_masks,
             ve=ve,
         )
@@ -238,7 +243,7 @@ class SpteFormat:
         if not self.mmio_caching or self.ve:
             return True
         width = self.phys_bits if self.c_bit is not None and self.mmu != "ept" else self.maxphyaddr
-        if value & ((1 << 52) - (1 << width)):
+        if value & ((1 << 52) - (1 << width)) & self.masks["address"]:
             return True
         rights = 7  # R, W, X
         return (
@@ -435,6 +440,8 @@ class SpteFormat:
         if not seen["present"]:
             return SpteWords(word, at, "not present", {"known to KVM": False})
         facts: dict[str, int | str | bool] = {"pfn": seen["pfn"], "hpa": seen["pfn"] << 12}
+        if self.c_bit is not None and self.mmu != "ept":
+            facts["encrypted"] = bool(word >> self.c_bit & 1)
         read = seen["user"] if self.mmu == "ept" else True
         letters = [("R", read), ("W", seen["writable"]), ("X", seen["executable"])]
         if self.mmu != "ept":

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu._core import tree_copy_of
-from kvmmmu.sptes import SpteFormat
 
 if TYPE_CHECKING:
     from kvmmmu.vcpu import VCpu
@@ -20,7 +19,6 @@ __all__ = ["PageTables", "TableEntry", "TablePage"]
 
 _MMU_PRESENT: Final = 1 << 11
 _LARGE: Final = 1 << 7
-_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _DIRECT: Final = 1 << 7
 _ACCESS: Final = ("---", "--x", "w--", "w-x", "-u-", "-ux", "wu-", "wux")
 
@@ -114,9 +112,10 @@ class PageTables:
         self.records.flags.writeable = False
         self.sptes.flags.writeable = False
         vm = vcpu.vm
-        caching = vm.behaviour.mmio_scheme != "off"
-        masks = SpteFormat.of(vm.host, vm.mmu, mmio_caching=caching).masks
-        self._mmio = (masks["mmio_mask"], masks["mmio_value"]) if masks["mmio_value"] else None
+        form = vm.spte_format
+        self._empty = np.uint64(form.empty)
+        self._address = form.masks["address"]
+        self._mmio = (form.masks["mmio_mask"], form.masks["mmio_value"]) if form.mmio_caching else None
         self._canonical = vm.mmu == "shadow"
 
     def __len__(self) -> int:
@@ -158,7 +157,7 @@ class PageTables:
 
     def _entries(self, row: int, level: int, special: bool, base: int) -> tuple[TableEntry, ...]:
         words: npt.NDArray[np.uint64] = self.sptes[row, :4] if special else self.sptes[row]
-        found = np.flatnonzero(words)
+        found = np.flatnonzero(words != self._empty)
         shift = 12 + 9 * (level - 1)
         entries = []
         for index, spte in zip(found.tolist(), words[found].tolist(), strict=True):
@@ -173,12 +172,12 @@ class PageTables:
         if self._mmio is not None and not special and spte & self._mmio[0] == self._mmio[1]:
             return "mmio", 0
         if special:
-            return "table", (spte & _ADDRESS) >> 12
+            return "table", (spte & self._address) >> 12
         if not spte & _MMU_PRESENT:
             return "np", 0
         if level == 1 or spte & _LARGE:
-            return "leaf", (spte & _ADDRESS) >> 12
-        return "table", (spte & _ADDRESS) >> 12
+            return "leaf", (spte & self._address) >> 12
+        return "table", (spte & self._address) >> 12
 
     def __str__(self) -> str:
         lines = []

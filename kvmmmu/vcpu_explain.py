@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from kvmmmu._arguments import index_in, index_u64
 from kvmmmu._core import VcpuCore
+from kvmmmu.constants import TABLE
 from kvmmmu.explain import explain_walk
-from kvmmmu.sptes import SpteFormat
 from kvmmmu.walks import walk_result
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ class Explanations(VcpuCore):
         shadow = self.vm.mmu == "shadow"
         title = "shadow page tables" if shadow else self.vm.mmu.upper() + " tables"
         words = explain_walk(
-            walk_result(built), source="gva" if shadow else "gpa", target="host address", known=self._mmio_words
+            walk_result(built),
+            source="gva" if shadow else "gpa",
+            target="host address",
+            known=self._mmio_words,
+            ve=self.vm.tdx and bool(self.registers()[0] & TABLE["CR0_PE"]),
         )
         return f"{text}\n{title}: {words}"
 
@@ -68,7 +72,7 @@ class Explanations(VcpuCore):
         sptes = self.walk_sptes(word)
         if not sptes:
             return f"{title}: KVM has built no tables for this address"
-        form = self._spte_format()
+        form = self.vm.spte_format
         lines = [f"{title}:"]
         for level, spte, reserved in sptes:
             words = form.decode(spte, level=level)
@@ -78,8 +82,5 @@ class Explanations(VcpuCore):
         return "\n  ".join(lines)
 
     def _mmio_words(self, spte: int, level: int) -> str | None:
-        words = self._spte_format().decode(spte, level=level)
+        words = self.vm.spte_format.decode(spte, level=level)
         return str(words).partition(": ")[2] if words.kind == "mmio" else None
-
-    def _spte_format(self) -> SpteFormat:
-        return SpteFormat.of(self.vm.host, self.vm.mmu, mmio_caching=self.vm.behaviour.mmio_scheme != "off")

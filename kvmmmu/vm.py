@@ -45,6 +45,11 @@ class VM:
         The era; "6.1" by default.
     mmio_scheme, tdp_mmu, nx_huge_pages : optional
         Single switches of the behaviour, see ``Behaviour``.
+    tdx : bool
+        The VM is a TDX guest (EPT, TDP MMU and a host of Intel): the tables are those of its shared memory.  The empty
+        entry is bit 63 (suppress #VE) and mmio sptes have value 0, so that an access where no memory is exits once and
+        ends in ``Outcome.VE``, later ones without an exit.  KVM has it since Linux 6.16; all else is as ``behaviour``
+        says.  Private memory, and with it the bit of a gpa that says "shared", is not modelled.
 
     Attributes
     ----------
@@ -56,6 +61,8 @@ class VM:
         Tracepoints.
     mmio : Mmio
         Devices that complete MMIO accesses.
+    spte_format : SpteFormat
+        Where the sptes of this VM keep what; the masks of 2011 (``mmio_wide``, ``mmio_constant``) are not in it.
 
     Raises
     ------
@@ -78,6 +85,7 @@ class VM:
         mmio_scheme: MmioScheme | None = None,
         tdp_mmu: bool | None = None,
         nx_huge_pages: bool | None = None,
+        tdx: bool = False,
     ) -> None:
         if mmu not in _MMUS:
             raise ArgumentError(f"mmu = {mmu!r}: allowed are {', '.join(map(repr, get_args(Mmu)))}")
@@ -91,9 +99,15 @@ class VM:
         if host.mmio_masks is not None and not SpteFormat.of(host, mmu).mmio_faults:
             words = ", ".join(map(hex, host.mmio_masks))
             raise ArgumentError(f"HostCpu.mmio_masks is ({words}): under {mmu!r} such entries would not fault")
+        if not isinstance(tdx, bool):
+            raise TypeError(f"tdx must be True or False, not {tdx!r}")
+        if tdx:
+            _check_tdx(mmu, host, behaviour)
         self._mmu: Mmu = mmu
         self._host = host
         self._behaviour = behaviour
+        self._tdx = tdx
+        self.spte_format = SpteFormat.of(host, mmu, mmio_caching=behaviour.mmio_scheme != "off", ve=tdx)
         self._core = VmCore(
             _MMUS[mmu],
             _host_fields(host),
@@ -101,6 +115,7 @@ class VM:
             behaviour.tdp_mmu,
             behaviour.nx_huge_pages,
             era=behaviour.bits,
+            tdx=tdx,
         )
         self.memslots = MemSlots(self._core)
         self.mmio = Mmio()
@@ -123,6 +138,11 @@ class VM:
     def behaviour(self) -> Behaviour:
         """The era, switch by switch."""
         return self._behaviour
+
+    @property
+    def tdx(self) -> bool:
+        """It is a TDX guest."""
+        return self._tdx
 
     @property
     def closed(self) -> bool:
@@ -379,7 +399,23 @@ class VM:
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self.memslots)} slots"
-        return f"VM(mmu={self._mmu!r}, behaviour={self._behaviour.profile!r}: {state})"
+        tdx = ", tdx=True" if self._tdx else ""
+        return f"VM(mmu={self._mmu!r}, behaviour={self._behaviour.profile!r}{tdx}: {state})"
+
+
+def _check_tdx(mmu: Mmu, host: HostCpu, behaviour: Behaviour) -> None:
+    """Refuse what has no TDX guests.  KVM does not offer them without mmio sptes."""
+    of_2011 = behaviour.switches & {"mmio_wide", "mmio_constant"}
+    for wrong, name, value, allowed in (
+        (mmu != "ept", "mmu", mmu, "'ept'"),
+        (host.vendor != "intel", "HostCpu.vendor", host.vendor, "'intel'"),
+        (host.mmio_masks is not None, "HostCpu.mmio_masks", host.mmio_masks, "None"),
+        (not behaviour.tdp_mmu, "tdp_mmu", behaviour.tdp_mmu, "True"),
+        (behaviour.mmio_scheme == "off", "mmio_scheme", behaviour.mmio_scheme, "a scheme with mmio sptes"),
+        (bool(of_2011), "behaviour.switches", sorted(of_2011), "[]"),
+    ):
+        if wrong:
+            raise ArgumentError(f"tdx is True and {name} is {value!r}; allowed is {allowed}")
 
 
 def _host_fields(host: HostCpu) -> tuple[int, ...]:
@@ -402,6 +438,7 @@ def _host_fields(host: HostCpu) -> tuple[int, ...]:
         host.ept_checks_updates,
         host.rsvd_alone,
         host.c_bit or 0,
+        host.sme,
         host.mmio_masks is not None,
         *(host.mmio_masks or (0, 0, 0)),
     )

@@ -65,6 +65,12 @@ def test_decode_takes_the_hosts_own_layout() -> None:
     assert "0x40000000;" not in run("decode", str(spte)).output
 
 
+def test_decode_takes_a_tdx_guests_layout() -> None:
+    assert "empty" in run("decode", hex(1 << 63), "--mmu", "ept", "--tdx").output
+    assert "mmio: gfn 0xfee00;" in run("decode", "0xfee00010", "--mmu", "ept", "--tdx").output
+    assert "mmio" not in run("decode", "0xfee00010", "--mmu", "ept").output
+
+
 @pytest.mark.parametrize("spte", ["-1", "18446744073709551616", "0x", "words"])
 def test_decode_refuses_what_is_no_64_bit_word(spte: str) -> None:
     assert run("decode", "--", spte).exit_code == 2

@@ -7,7 +7,7 @@ from kvmmmu.bits.access cimport (
 )
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.rsvd cimport (
-    ept_bad_mt_xwr, rsvd_clear, rsvd_init_32, rsvd_init_64, rsvd_init_ept, rsvd_init_pae, rsvd_pdpte,
+    RSVD_LEVELS, ept_bad_mt_xwr, rsvd_clear, rsvd_init_32, rsvd_init_64, rsvd_init_ept, rsvd_init_pae, rsvd_pdpte,
 )
 from kvmmmu.bits.spte cimport bits_between
 
@@ -209,6 +209,19 @@ cdef inline void paging_init(Paging *p, const CpuRegs *regs, const CpuModel *mod
     permission_table(p.permissions, mode)
     if p.pke:
         p.pkru_mask = pkru_table(p.wp)
+
+
+cdef inline void paging_encrypted(Paging *p, int c_bit) noexcept nogil:
+    """Of entries that may have a C-bit: it says how memory is read, and is neither address nor reserved.
+
+    APM vol. 2 section 7.10.
+    """
+    cdef uint64_t others = ~(ONE << c_bit)
+    cdef int level
+    p.addr_mask &= others
+    for level in range(RSVD_LEVELS):
+        p.rsvd[0][level] &= others
+        p.rsvd[1][level] &= others
 
 
 cdef inline bint eptp_valid(uint64_t eptp, const CpuModel *model) noexcept nogil:

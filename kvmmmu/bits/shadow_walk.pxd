@@ -1,12 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The lockless shadow walk: each spte is read once, and only what was read decides."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 
 cdef extern from "kvmmmu/atomics.h" nogil:
     uint64_t kvmmmu_ld_acquire_u64(const uint64_t *p)
-
 
 cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, uint64_t address,
                             uint64_t *sptes) noexcept nogil:
@@ -15,7 +14,8 @@ cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, ui
     ``sptes[level]`` receives every entry passed.  The walk ends at level 1, at a large
     leaf, or at an entry that is not shadow-present, which may be empty, REMOVED or MMIO.
     """
-    # A table's number is its place in the arena, so the address bits of an entry are the offset of the next table.
+    # A table's number is its place in the arena, so the address bits of an entry are the offset of the next table; the
+    # arena holds 2^20 tables at most, and bits above are no part of it (a C-bit).
     cdef const uint8_t *base = <const uint8_t *>arena
     cdef uint64_t offset = table << 12
     cdef uint64_t spte
@@ -25,5 +25,5 @@ cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, ui
         sptes[level] = spte
         if level == LEVEL_4K or not spte & SPTE_MMU_PRESENT or spte & PT_PAGE_SIZE_MASK:
             return level
-        offset = spte & PT_ADDR_MASK
+        offset = <uint32_t>spte & ~<uint32_t>4095
         level -= 1

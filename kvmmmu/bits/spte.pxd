@@ -1,11 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """KVM's own entries: the masks a host chooses once, and what an spte's bits say.
 
-Linux 6.1 encodings: an empty spte is 0, REMOVED is 0x5a0, bit 11 is KVM's own
-present bit at every level (arch/x86/kvm/mmu/spte.h describes the layout).
+Linux 6.1 encodings: an empty spte is 0, REMOVED is 0x5a0 (a TDX guest has bit 63 in both), bit 11 is
+KVM's own present bit at every level (arch/x86/kvm/mmu/spte.h describes the layout).
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 
 cdef struct SpteMasks:
@@ -19,12 +19,15 @@ cdef struct SpteMasks:
     uint64_t acc_track      # bits cleared to track accesses without hardware A/D
     uint64_t host_writable
     uint64_t mmu_writable
-    uint64_t me             # encryption bit set in every entry (SME)
+    uint64_t address        # bits of a frame's address in a leaf
+    uint64_t me             # shadow_me_value: the C-bit, set in every mapping and link of a host whose kernel uses SME
     uint64_t mmio_value
     uint64_t mmio_mask
     uint64_t mmio_access    # ACC bits an mmio spte keeps
     uint64_t nonpresent_or_rsvd     # L1TF: always set in an mmio spte
     uint64_t nonpresent_low_gfn     # L1TF: address bits kept in place
+    uint64_t empty          # an entry of the TDP MMU that maps nothing
+    uint64_t removed        # one being torn down
     uint8_t ad_enabled      # the processor sets A/D in these tables
     uint8_t mmio_caching    # mmio sptes may be made
 
@@ -42,7 +45,10 @@ cdef inline void spte_masks_legacy(SpteMasks *m, int raw_maxphyaddr, int phys_bi
     m.acc_track = 0
     m.host_writable = SPTE_HOST_WRITABLE_LEGACY
     m.mmu_writable = SPTE_MMU_WRITABLE_LEGACY
+    m.address = PT_ADDR_MASK
     m.me = 0
+    m.empty = 0
+    m.removed = REMOVED_SPTE
     m.ad_enabled = 1
     spte_masks_l1tf(m, phys_bits, l1tf, cache_bits)
     # Bit 51 is reserved below MAXPHYADDR 52: a present entry with it faults with RSVD.
@@ -65,7 +71,10 @@ cdef inline void spte_masks_ept(SpteMasks *m, int phys_bits, bint l1tf, int cach
     m.acc_track = EPT_RWX
     m.host_writable = SPTE_HOST_WRITABLE_EPT
     m.mmu_writable = SPTE_MMU_WRITABLE_EPT
+    m.address = PT_ADDR_MASK
     m.me = 0
+    m.empty = 0
+    m.removed = REMOVED_SPTE
     m.ad_enabled = ad
     spte_masks_l1tf(m, phys_bits, l1tf, cache_bits)
     # Write and execute without read misconfigures, whatever the rest says.
@@ -97,13 +106,17 @@ cdef inline void spte_masks_era(SpteMasks *m, uint64_t era, int raw_maxphyaddr, 
     m.nonpresent_low_gfn = bits_between(51, 12) & ~m.mmio_mask
 
 
-cdef inline void spte_masks_sme(SpteMasks *m, int phys_bits, int c_bit, bint mmio_caching) noexcept nogil:
-    """A host that encrypts memory: every bit it took from the address, but not the C-bit where it is the lowest.
+cdef inline void spte_masks_sme(SpteMasks *m, int phys_bits, int c_bit, bint encrypts,
+                                bint mmio_caching) noexcept nogil:
+    """A host that can encrypt memory, and whose kernel does if it ``encrypts``: then mappings carry the C-bit.
 
-    KVM's svm.c (svm_adjust_mmio_mask): what lies above the reduced width is reserved, the C-bit alone is not.
+    Of mmio sptes every bit it took from the address, but not the C-bit where it is the lowest.  KVM's svm.c
+    (svm_adjust_mmio_mask): what lies above the reduced width is reserved, the C-bit alone is not.
     """
     cdef int lowest = phys_bits + (1 if c_bit == phys_bits else 0)
     cdef uint64_t value = bits_between(51, lowest) | PT_PRESENT_MASK if lowest < 52 else 0
+    m.address &= ~(ONE << c_bit)
+    m.me = ONE << c_bit if encrypts else 0
     spte_masks_mmio(m, value if mmio_caching else 0, value, ACC_W | ACC_U)
 
 
@@ -131,6 +144,8 @@ cdef inline void spte_masks_ve(SpteMasks *m) noexcept nogil:
     Everything else has bit 63 (suppress #VE): an empty entry is that bit alone.
     """
     m.present |= EPT_SUPPRESS_VE
+    m.empty = EPT_SUPPRESS_VE
+    m.removed = REMOVED_SPTE | EPT_SUPPRESS_VE
     m.mmio_value = 0
 
 
@@ -161,8 +176,13 @@ cdef inline bint spte_is_last(uint64_t spte, int level) noexcept nogil:
     """A present spte at ``level`` maps memory rather than a table."""
     return level == LEVEL_4K or (spte & PT_PAGE_SIZE_MASK) != 0
 
-cdef inline uint64_t spte_pfn(uint64_t spte) noexcept nogil:
-    return (spte & PT_ADDR_MASK) >> 12
+cdef inline uint64_t spte_pfn(const SpteMasks *m, uint64_t spte) noexcept nogil:
+    """The frame that a leaf maps."""
+    return (spte & m.address) >> 12
+
+cdef inline int32_t spte_child(uint64_t spte) noexcept nogil:
+    """The table that an entry leads to, by number: tables are the lowest 2^20 frames, a C-bit stands above."""
+    return <int32_t>(<uint32_t>spte >> 12)
 
 cdef inline bint spte_writable(uint64_t spte) noexcept nogil:
     return (spte & PT_WRITABLE_MASK) != 0  # the same position in every format

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from kvmmmu.check.links import spte_name
 from kvmmmu.check.snapshot import ENTRIES, MMIO_GENERATION, Role, Snapshot
+from kvmmmu.constants import TABLE
 from kvmmmu.errors import Violation
 
 _GENERATION_MASK = (1 << 19) - 1
@@ -99,6 +100,16 @@ def frames(s: Snapshot) -> Iterator[Violation]:
             yield Violation("frames", where, f"maps gfn {gfn:#x} to pfn {pfn:#x}, expected {expected}")
 
 
+def encryption(s: Snapshot) -> Iterator[Violation]:
+    """Where the host's kernel encrypts its memory every mapping and every link, PAE roots too, carries the C-bit."""
+    bits = np.uint64(TABLE["PT_ADDR_MASK"] & ~s.address)
+    roots = (s.pages["special"] != 0)[:, None] & s.live[:, None] & (s.sptes != 0)
+    wrong = (s.present | roots) & ((s.sptes & bits) != np.uint64(s.me))
+    for page, entry in np.argwhere(wrong).tolist():
+        found = int(s.sptes[page, entry] & bits)
+        yield Violation("encryption", spte_name(s, page * ENTRIES + entry), f"has {found:#x}, expected {s.me:#x}")
+
+
 def mmio(s: Snapshot) -> Iterator[Violation]:
     """An mmio spte of the current generation names a gfn without a slot (I9); other absent entries are empty."""
     name = "mmio"
@@ -115,9 +126,12 @@ def mmio(s: Snapshot) -> Iterator[Violation]:
                 yield Violation(name, where, f"has generation {gen} of the other space")
         if s.level[page] != 1:
             yield Violation(name, where, f"is at level {s.level[page]}, expected 1")
-    stray = (s.sptes != 0) & (s.shadow | s.tdp)[:, None] & ~s.present & ~s.mmio
+        if s.role(page) & Role.DIRECT and gpa >> 12 != s.gfn[page, entry]:
+            yield Violation(name, where, f"names gfn {gpa >> 12:#x}, expected {s.gfn[page, entry]:#x}")
+    stray = (s.sptes != s.nothing[:, None]) & (s.shadow | s.tdp)[:, None] & ~s.present & ~s.mmio
     for page, entry in np.argwhere(stray).tolist():
-        yield Violation(name, spte_name(s, page * ENTRIES + entry), "is neither present nor an mmio spte, expected 0")
+        found = f"is neither present nor an mmio spte, expected {int(s.nothing[page]):#x}"
+        yield Violation(name, spte_name(s, page * ENTRIES + entry), found)
 
 
 def generation(s: Snapshot) -> Iterator[Violation]:

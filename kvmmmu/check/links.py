@@ -118,7 +118,7 @@ def _root_references(s: Snapshot) -> Counter[int]:
             if not page:
                 continue
             if s.pages["special"][page]:
-                count.update(int(entry) >> 12 for entry in s.sptes[page, :4].tolist() if entry)
+                count.update(pfn for pfn in s.pfn[page, :4].tolist() if pfn)
             else:
                 count[page] += 1
     return count
@@ -139,7 +139,7 @@ def roots(s: Snapshot) -> Iterator[Violation]:
             yield Violation(name, f"page {page}", f"root_count is {record['root_count']}, expected {count[page] + own}")
         if invalid and record["root_count"] == 0:
             yield Violation(name, f"page {page}", "is zapped and nobody's root, expected freed")
-        if invalid and s.sptes[page].any():
+        if invalid and (s.sptes[page] != s.nothing[page]).any():
             yield Violation(name, f"page {page}", "is zapped, expected all entries empty")
     for page in count:
         if page >= s.top or s.pages["on_list"][page] == LIST_FREE:
@@ -162,5 +162,5 @@ def _is_tdp_root(s: Snapshot, page: int) -> bool:
 
 def _obsolete(s: Snapshot, page: int) -> bool:
     if s.pages["special"][page]:
-        return any(entry and s.role(int(entry) >> 12) & Role.INVALID for entry in s.sptes[page, :4].tolist())
+        return any(pfn and s.role(pfn) & Role.INVALID for pfn in s.pfn[page, :4].tolist())
     return bool(s.role(page) & Role.INVALID)

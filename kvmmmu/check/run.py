@@ -36,6 +36,7 @@ INVARIANTS: Final = MappingProxyType[str, Callable[[Snapshot], Iterator[Violatio
         "large leaves": leaves.large_leaves,
         "rights": leaves.rights,
         "frames": leaves.frames,
+        "encryption": leaves.encryption,
         "mmio": leaves.mmio,
         "generation": leaves.generation,
         "dirty log": leaves.dirty_log,

@@ -24,7 +24,7 @@ _VM_FIELDS: Final = (
     "mmu used_pages max_pages indirect_pages valid_gen rmaps tdp_roots active_head active_tail active_n free top limit "
     "desc_top desc_free present user nx x host_writable mmu_writable mmio_value mmio_mask nonpresent_or_rsvd "
     "nonpresent_low_gfn mmio_caching ad_enabled mmio_scheme tdp_mmu total_pages "
-    "nx_head nx_tail nx_huge_pages era"
+    "nx_head nx_tail nx_huge_pages era empty address me"
 ).split()
 _VCPU_FIELDS: Final = (
     "id as_id requests cpu_role root_role pae_root mmio_gva mmio_gfn mmio_access mmio_generation"
@@ -294,9 +294,14 @@ class Snapshot:
         return self.present & ~self.leaf
 
     @cached_property
+    def nothing(self) -> U64:
+        """By page: an entry of it that is empty."""
+        return np.where(self.tdp, np.uint64(self.empty), np.uint64(0))
+
+    @cached_property
     def pfn(self) -> U64:
-        """By entry: bits 51:12."""
-        return self.sptes >> np.uint64(12) & np.uint64((1 << 40) - 1)
+        """By entry: bits 51:12, but for the C-bit."""
+        return (self.sptes & np.uint64(self.address)) >> np.uint64(12)
 
     @cached_property
     def gfn(self) -> U64:

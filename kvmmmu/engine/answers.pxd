@@ -13,13 +13,14 @@ cdef extern from "kvmmmu/capi.h" nogil:
         OUTCOME_SHUTDOWN "KVMMMU_OUTCOME_SHUTDOWN"
         OUTCOME_HANG "KVMMMU_OUTCOME_HANG"
         OUTCOME_ERROR "KVMMMU_OUTCOME_ERROR"
+        OUTCOME_VE "KVMMMU_OUTCOME_VE"
         PATH_HARDWARE "KVMMMU_PATH_HARDWARE"
         PATH_FAULT "KVMMMU_PATH_FAULT"
         PATH_EMULATED "KVMMMU_PATH_EMULATED"
 
     struct Access "kvmmmu_access":
-        uint64_t gpa          # of the first byte; all ones where none is known
-        uint64_t error_code   # of a #PF; an errno for OUTCOME_ERROR
+        uint64_t gpa          # of the first byte, or that faulted with #VE; all ones where none is known
+        uint64_t error_code   # of a #PF; the exit qualification of a #VE; an errno for OUTCOME_ERROR
         uint64_t fault_gva
         uint64_t mmio_gpa[2]  # pieces that no memory took, one per page
         uint8_t mmio_size[2]

@@ -5,7 +5,9 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from kvmmmu.bits.paging cimport CpuModel
-from kvmmmu.bits.spte cimport spte_masks_ept, spte_masks_era, spte_masks_legacy, spte_masks_mmio, spte_masks_sme
+from kvmmmu.bits.spte cimport (
+    spte_masks_ept, spte_masks_era, spte_masks_legacy, spte_masks_mmio, spte_masks_sme, spte_masks_ve,
+)
 from kvmmmu.engine.atomics cimport st_release_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.notifier cimport page_replaced
@@ -47,12 +49,15 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
         spte_masks_legacy(&vm.masks, vm.host.maxphyaddr, vm.host.phys_bits, vm.host.l1tf, vm.host.cache_bits,
                           vm.switches.mmio_scheme != MMIO_OFF)
         if vm.host.c_bit:
-            spte_masks_sme(&vm.masks, vm.host.phys_bits, vm.host.c_bit, vm.switches.mmio_scheme != MMIO_OFF)
+            spte_masks_sme(&vm.masks, vm.host.phys_bits, vm.host.c_bit, vm.host.sme,
+                           vm.switches.mmio_scheme != MMIO_OFF)
     if vm.host.mmio_by_hand:
         spte_masks_mmio(&vm.masks, vm.host.mmio_value if vm.switches.mmio_scheme != MMIO_OFF else 0,
                         vm.host.mmio_mask, vm.host.mmio_access)
     if vm.switches.mmio_scheme != MMIO_OFF:
         spte_masks_era(&vm.masks, vm.switches.era, vm.host.maxphyaddr, vm.mmu == MMU_EPT)
+    if vm.tdx:
+        spte_masks_ve(&vm.masks)
     vm.mmu_lock = <kvmmmu_rwlock *>cache_line()
     vm.lines[0] = <kvmmmu_line *>cache_line()
     vm.n_lines = 1

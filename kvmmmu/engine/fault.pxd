@@ -8,7 +8,8 @@ from kvmmmu.bits.mmio cimport mmio_gen_valid, mmio_spte_access, mmio_spte_gen, m
 from kvmmmu.bits.paging cimport rsvd_fault
 from kvmmmu.bits.shadow_walk cimport shadow_walk
 from kvmmmu.bits.spte cimport (
-    spte_acc_tracked, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present, spte_writable,
+    spte_acc_tracked, spte_child, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present,
+    spte_writable,
 )
 from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32, ld_acquire_u64, ld_u32
 from kvmmmu.engine.events cimport (
@@ -191,7 +192,7 @@ cdef inline uint64_t *last_sptep(Vm *vm, int32_t root, uint64_t address, int *le
         spte = ld_acquire_u64(sptep)
         if level[0] == LEVEL_4K or not spte_present(spte) or spte & PT_PAGE_SIZE_MASK:
             return sptep
-        table = <int32_t>((spte & PT_ADDR_MASK) >> 12)
+        table = spte_child(spte)
         level[0] -= 1
     return sptep
 

@@ -10,7 +10,7 @@ A change is planned first, where it may fail, then committed, where it cannot.
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memmove, memset
-from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, HOST_STATES, HostRange, MemMap,
+from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, HOST_STATES, HostCpu, HostRange, MemMap,
                                   RANGE_PFN_ALIGN, Segment, Vm, WHY_BACKING, WHY_INCONGRUENT, WHY_NONE, WHY_NO_FRAMES,
                                   WHY_NO_MEMORY)
 from kvmmmu.engine.memory cimport memmap_find
@@ -174,12 +174,17 @@ cdef inline void plan_drop(HostPlan *plan) noexcept nogil:
     plan.segments = NULL
 
 
+cdef inline int host_frame_bits(const HostCpu *host) noexcept nogil:
+    """Address bits of frames: none reaches the bit that marks encrypted memory."""
+    return host.c_bit if host.c_bit and host.c_bit < host.phys_bits else host.phys_bits
+
+
 cdef inline int hostmem_plan_bind(Vm *vm, HostPlan *plan, uint8_t *hva, uint64_t npages, bint writable, int max_level,
                                   uint64_t pfn_offset) noexcept nogil:
     """Plan that one more slot binds these bytes; gaps between known bytes get new frames."""
     cdef uint8_t *end = hva + (npages << 12)
     cdef uint8_t *at = hva
-    cdef uint64_t limit = <uint64_t>1 << (vm.host.phys_bits - 12)
+    cdef uint64_t limit = <uint64_t>1 << (host_frame_bits(&vm.host) - 12)
     cdef uint64_t n
     cdef uint64_t pfn
     cdef int lo = ranges_from(vm, hva)

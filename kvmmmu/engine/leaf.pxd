@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport (
-    SpteMasks, spte_accessed_mask, spte_dirty_mask, spte_is_last, spte_pfn, spte_present, spte_writable,
+    SpteMasks, spte_accessed_mask, spte_child, spte_dirty_mask, spte_is_last, spte_pfn, spte_present, spte_writable,
 )
 from kvmmmu.engine.events cimport ev_mark_mmio_spte, ev_set_spte
 from kvmmmu.engine.hooks cimport POINT_SPTE_WRITE, hook
@@ -157,9 +157,9 @@ cdef inline int leaf_install(Vcpu *vcpu, Slot *slot, uint64_t index, uint32_t ac
 
     if spte_present(old):
         if not spte_is_last(old, level):
-            parent_remove(vm, <int32_t>spte_pfn(old), index)
+            parent_remove(vm, spte_child(old), index)
             flush = True
-        elif slot == NULL or spte_pfn(old) != pfn:
+        elif slot == NULL or spte_pfn(&vm.masks, old) != pfn:
             # For MMIO too: the guest may have rewritten the entry of an unsync table without INVLPG.
             flush |= spte_drop(vm, index)
         else:

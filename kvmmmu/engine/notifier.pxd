@@ -3,7 +3,7 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
+from kvmmmu.bits.spte cimport spte_is_last, spte_present
 from kvmmmu.engine.atomics cimport guest_store, spin_lock, spin_unlock, st_release_u32, st_u8
 from kvmmmu.engine.events cimport ev_age_page, ev_set_spte_hva, ev_unmap_hva_range
 from kvmmmu.engine.hooks cimport MUTANT_NO_SEQ, POINT_NOTIFIER, hook, mutant

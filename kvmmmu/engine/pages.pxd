@@ -4,6 +4,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.spte cimport spte_child
 from kvmmmu.engine.state cimport (
     HASH_BITS, LIST_ACTIVE, LIST_CACHED, LIST_FREE, LIST_INVALID, LIST_NONE, PAGE_CACHE, PageList, ShadowPage, Vcpu, Vm,
 )
@@ -215,6 +216,13 @@ cdef inline void page_give(Vm *vm, int32_t id) noexcept nogil:
     vm.arena.free = id
     spin_unlock(&vm.arena.lock)
 
+cdef inline void page_fill(Vm *vm, int32_t id, uint64_t spte) noexcept nogil:
+    """Where an empty entry is not 0: of a page that nobody else has seen yet."""
+    cdef uint64_t *sptes = page_sptes(vm, id)
+    cdef int i
+    for i in range(ENTRIES):
+        sptes[i] = spte
+
 cdef inline void page_free(Vm *vm, int32_t id) noexcept nogil:
     """Only after a flush: walkers may hold the page until then."""
     memset(page_sptes(vm, id), 0, 4096)
@@ -240,6 +248,8 @@ cdef inline int32_t cache_alloc(Vcpu *vcpu) noexcept nogil:
 
 cdef inline void cache_return(Vcpu *vcpu, int32_t id) noexcept nogil:
     """A page that was never linked, so nobody else has seen it; all its entries are empty."""
+    if vcpu.vm.masks.empty:
+        page_fill(vcpu.vm, id, 0)  # as every page is that waits for its use
     page_at(vcpu.vm, id).on_list = LIST_CACHED
     vcpu.free_pages[vcpu.n_free_pages] = id
     vcpu.n_free_pages += 1
@@ -262,7 +272,7 @@ cdef inline int32_t root_table(Vm *vm, int32_t root, uint64_t address, int *leve
         return root
     pdpte = ld_acquire_u64(page_sptes(vm, root) + ((address >> 30) & 3))
     level[0] = LEVEL_2M
-    return <int32_t>((pdpte & PT_ADDR_MASK) >> 12)
+    return spte_child(pdpte)
 
 # ---- unsync bookkeeping of a parent -----------------------------------------------
 

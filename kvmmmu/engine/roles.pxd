@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport (
-    CpuModel, CpuRegs, DIALECT_KVM, DIALECT_SDM, paging_init, paging_init_ept, paging_init_npt,
+    CpuModel, CpuRegs, DIALECT_KVM, DIALECT_SDM, paging_encrypted, paging_init, paging_init_ept, paging_init_npt,
 )
 from kvmmmu.engine.pages cimport page_at, page_sptes, role_level
 from kvmmmu.engine.state cimport MMU_EPT, MMU_NPT, MMU_SHADOW, Vcpu, Vm
@@ -114,7 +114,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     cdef int level = role_level(vcpu.root_role)
     memset(&regs, 0, sizeof(regs))
     memset(&model, 0, sizeof(model))
-    # Where memory can be encrypted the bits above the reduced width are reserved; KVM's own C-bit is not modelled.
+    # Where memory can be encrypted the bits above the reduced width are reserved, but for the C-bit.
     model.maxphyaddr = vm.host.phys_bits if vm.host.c_bit else vm.host.maxphyaddr
     model.gbpages = vm.host.gbpages
     model.amd = 1
@@ -143,10 +143,12 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
         regs.cr4 |= CR4_LA57
     if vm.mmu == MMU_NPT or vcpu.guest_mode:
         paging_init_npt(&vcpu.hw, 0, level, &model, DIALECT_SDM)
-        return
-    if is_paging(vcpu):
-        regs.cr4 |= vcpu.regs.cr4 & (CR4_SMEP | CR4_SMAP | CR4_PKE)
-    paging_init(&vcpu.hw, &regs, &model, DIALECT_SDM)
+    else:
+        if is_paging(vcpu):
+            regs.cr4 |= vcpu.regs.cr4 & (CR4_SMEP | CR4_SMAP | CR4_PKE)
+        paging_init(&vcpu.hw, &regs, &model, DIALECT_SDM)
+    if vm.host.c_bit:
+        paging_encrypted(&vcpu.hw, vm.host.c_bit)
 
 
 cdef inline void hw_root(Vcpu *vcpu) noexcept nogil:

@@ -4,6 +4,7 @@
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FMT_32, va_canonical
+from kvmmmu.bits.spte cimport spte_child
 from kvmmmu.engine.atomics cimport guest_enter, guest_exit, in_guest, ld_acquire_u32, st_u32
 from kvmmmu.engine.locks cimport (
     ld_acquire_u32, mmu_write_lock, mmu_write_unlock, request, request_take,
@@ -60,7 +61,7 @@ cdef inline void root_drop(Vcpu *vcpu, Root *root, PageList *invalid) noexcept n
         entries = page_sptes(vm, root.page)
         for i in range(4):
             if entries[i]:
-                root_page_put(vm, vcpu.id, <int32_t>((entries[i] & PT_ADDR_MASK) >> 12), invalid)
+                root_page_put(vm, vcpu.id, spte_child(entries[i]), invalid)
             entries[i] = 0
     else:
         root_page_put(vm, vcpu.id, root.page, invalid)
@@ -116,6 +117,10 @@ cdef inline int32_t root_page_new(Vcpu *vcpu, uint64_t gfn, int quadrant, int le
         page_at(vcpu.vm, id).root_count += 1
     return id
 
+cdef inline uint64_t pae_root_entry(const Vm *vm, int32_t id) noexcept nogil:
+    """Of the four entries above tables of PAE paging, in the PDPTE's format."""
+    return (<uint64_t>id << 12) | PT_PRESENT_MASK | vm.masks.me
+
 cdef inline bint pae_root_ready(Vcpu *vcpu) noexcept nogil:
     if vcpu.pae_root == 0:
         vcpu.pae_root = page_alloc(vcpu.vm)
@@ -137,7 +142,7 @@ cdef inline int root_build_direct(Vcpu *vcpu) noexcept nogil:
         id = root_page_new(vcpu, <uint64_t>i << 18, 0, LEVEL_2M)
         if id == 0:
             return ERR_NOSPC
-        page_sptes(vcpu.vm, vcpu.pae_root)[i] = (<uint64_t>id << 12) | PT_PRESENT_MASK
+        page_sptes(vcpu.vm, vcpu.pae_root)[i] = pae_root_entry(vcpu.vm, id)
     vcpu.root.page = vcpu.pae_root
     return 0
 
@@ -157,7 +162,7 @@ cdef inline int root_build_shadow(Vcpu *vcpu) noexcept nogil:
         id = root_page_new(vcpu, gfn, i if guest_levels == 2 else 0, LEVEL_2M)
         if id == 0:
             return ERR_NOSPC
-        page_sptes(vcpu.vm, vcpu.pae_root)[i] = (<uint64_t>id << 12) | PT_PRESENT_MASK
+        page_sptes(vcpu.vm, vcpu.pae_root)[i] = pae_root_entry(vcpu.vm, id)
     vcpu.root.page = vcpu.pae_root
     return 0
 
@@ -235,7 +240,7 @@ cdef inline void roots_sync(Vcpu *vcpu) noexcept nogil:
     entries = page_sptes(vm, vcpu.root.page)
     for i in range(4):
         if entries[i]:
-            sync_children(vcpu, <int32_t>((entries[i] & PT_ADDR_MASK) >> 12))
+            sync_children(vcpu, spte_child(entries[i]))
     mmu_write_unlock(vm)
 
 cdef inline void prev_roots_free_unsync(Vcpu *vcpu) noexcept nogil:
@@ -354,7 +359,12 @@ cdef inline void vm_teardown(Vm *vm) noexcept nogil:
         cache_drop(vm.vcpus[i])
 
 cdef inline void vcpu_reset(Vcpu *vcpu) noexcept nogil:
-    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor."""
+    """Registers of a reset, paging off.  VMX flushes once before the vCPU first runs on a processor.
+
+    The TDX module begins in protected mode.
+    """
+    if vcpu.vm.tdx:
+        vcpu.regs.cr0 = CR0_PE
     roles_refresh(vcpu)
     if not vcpu.vm.host.amd:
         request(vcpu, REQ_TLB_FLUSH)

@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
-from kvmmmu.bits.spte cimport spte_is_last, spte_make_nonleaf, spte_pfn, spte_present
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present
 from kvmmmu.engine.atomics cimport fetch_add_u64, st_u32
 from kvmmmu.engine.events cimport ev_get_page, ev_spte_requested
 from kvmmmu.engine.guest cimport gpte_changed
@@ -219,7 +219,7 @@ cdef inline void flooding_clear_path(Vcpu *vcpu, uint64_t address) noexcept nogi
         spte = spte_read(page_sptes(vm, table) + level_index(address, level))
         if level == LEVEL_4K or not spte_present(spte) or spte_is_last(spte, level):
             break
-        table = <int32_t>spte_pfn(spte)
+        table = spte_child(spte)
         level -= 1
     kvmmmu_reading_end(vcpu.line)
 
@@ -232,7 +232,7 @@ cdef inline int32_t step_into(Vcpu *vcpu, uint64_t index, uint64_t gfn, bint dir
     cdef uint32_t parent = page_at(vm, spte_page(index)).role
     cdef int32_t child
     if spte_present(spte) and not spte & PT_PAGE_SIZE_MASK:
-        return <int32_t>spte_pfn(spte)
+        return spte_child(spte)
     child = page_get(vcpu, gfn, child_role(vcpu, parent, <int>(index & 511), direct, access))
     if child == 0:
         error[0] = ERR_NOSPC
@@ -247,7 +247,7 @@ cdef inline bint drop_wrong_direct(Vcpu *vcpu, uint64_t index, uint32_t access) 
     cdef int32_t child
     if not spte_present(spte) or spte & PT_PAGE_SIZE_MASK:
         return False
-    child = <int32_t>spte_pfn(spte)
+    child = spte_child(spte)
     if role_access(page_at(vm, child).role) == access:
         return False
     parent_remove(vm, child, index)

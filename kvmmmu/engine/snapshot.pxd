@@ -62,9 +62,9 @@ cdef inline void snap_vm(Vm *vm, Stream *s) noexcept nogil:
         vm.masks.mmu_writable, vm.masks.mmio_value, vm.masks.mmio_mask, vm.masks.nonpresent_or_rsvd,
         vm.masks.nonpresent_low_gfn, vm.masks.mmio_caching, vm.masks.ad_enabled, vm.switches.mmio_scheme,
         vm.switches.tdp_mmu, vm.total_pages, <uint64_t>vm.nx_head, <uint64_t>vm.nx_tail, vm.switches.nx_huge_pages,
-        vm.switches.era,
+        vm.switches.era, vm.masks.empty, vm.masks.address, vm.masks.me,
     ]
-    snap_put(s, SNAP_VM, w, 34 * 8)
+    snap_put(s, SNAP_VM, w, 37 * 8)
     snap_put(s, SNAP_STATS, vm.stats, VM_STATS * 8)
 
 

@@ -7,8 +7,8 @@ Every function that can take a right away returns whether it needs a flush.
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (
-    SpteMasks, spte_accessed_mask, spte_dirty_mask, spte_has_volatile_bits, spte_is_last,
-    spte_is_mmio, spte_mmu_writable, spte_pfn, spte_present, spte_writable,
+    SpteMasks, spte_accessed_mask, spte_child, spte_dirty_mask, spte_has_volatile_bits, spte_is_last,
+    spte_is_mmio, spte_mmu_writable, spte_present, spte_writable,
 )
 from kvmmmu.engine.atomics cimport fetch_add_u64, ld_acquire_u64, st_release_u64, xchg_u64
 from kvmmmu.engine.lookup cimport vm_slot
@@ -109,7 +109,7 @@ cdef inline bint spte_zap(Vm *vm, uint64_t index) noexcept nogil:
         if spte_is_last(spte, level):
             spte_drop(vm, index)
         else:
-            parent_remove(vm, <int32_t>spte_pfn(spte), index)
+            parent_remove(vm, spte_child(spte), index)
         return True
     if spte:
         spte_write(spte_at(vm, index), 0)

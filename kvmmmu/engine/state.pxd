@@ -11,7 +11,7 @@ from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport SpteMasks
 from kvmmmu.engine.answers cimport (
     Access, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF,
-    OUTCOME_SHUTDOWN, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Translation,
+    OUTCOME_SHUTDOWN, OUTCOME_VE, PATH_EMULATED, PATH_FAULT, PATH_HARDWARE, Translation,
 )
 
 cdef extern from "kvmmmu/lock.h" nogil:
@@ -494,6 +494,7 @@ cdef struct HostCpu:
     uint8_t ad_first      # guest A/D bits are set before the address itself is translated
     uint8_t rsvd_alone    # a reserved-bit fault is reported without P
     uint8_t c_bit         # position of the bit that marks encrypted memory; 0: none
+    uint8_t sme           # the host's kernel sets it, also in KVM's tables
     uint8_t mmio_by_hand  # the next three replace what the host would choose
     uint64_t mmio_value
     uint64_t mmio_mask
@@ -510,6 +511,7 @@ cdef struct Switches:
 
 cdef struct Vm:
     int mmu               # MMU_*
+    uint8_t tdx           # the shared half of a TDX guest's memory
     HostCpu host
     Switches switches
     SpteMasks masks

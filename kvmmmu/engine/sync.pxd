@@ -5,7 +5,7 @@ from libc.stdint cimport int16_t, int32_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gfn
 from kvmmmu.bits.paging cimport FMT_32, Paging
-from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_pfn, spte_present
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_is_mmio, spte_pfn, spte_present
 from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host_atomic
 from kvmmmu.engine.leaf cimport leaf_make, leaf_mark_mmio
 from kvmmmu.engine.lookup cimport vcpu_slot, vm_slot
@@ -60,7 +60,7 @@ cdef inline int sync_spte(Vcpu *vcpu, const ShadowPage *sp, uint64_t index, uint
         spte_drop(vm, index)
         return 1
     spte_set_shadowed(vm, index, gfn, access)
-    leaf_make(vm, vcpu.id, sp, slot, access, gfn, spte_pfn(spte), spte, True, False,
+    leaf_make(vm, vcpu.id, sp, slot, access, gfn, spte_pfn(&vm.masks, spte), spte, True, False,
               (spte & vm.masks.host_writable) != 0, &new_)
     return spte_update(vm, sptep, new_)
 
@@ -226,5 +226,5 @@ cdef inline uint64_t sync_gva(Vcpu *vcpu, int32_t table, int level, uint64_t gva
             return ALL_ONES
         if not sp.unsync_children or not spte_present(spte):
             return ALL_ONES
-        table = <int32_t>spte_pfn(spte)
+        table = spte_child(spte)
         level -= 1

@@ -8,7 +8,7 @@ whoever wrote that.  Pages freed here wait for readers, without a flush request.
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
-from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_pfn, spte_present, spte_writable
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_present, spte_writable
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_split_huge_page, ev_spte_requested,
@@ -22,7 +22,7 @@ from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock, readers_drain
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.nxpages cimport nx_disallow, nx_forget
 from kvmmmu.engine.pages cimport (
-    cache_alloc, cache_return, level_index, page_alloc, page_at, page_free, page_invalidate, page_sptes,
+    cache_alloc, cache_return, level_index, page_alloc, page_at, page_fill, page_free, page_invalidate, page_sptes,
     role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
@@ -53,8 +53,8 @@ cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_
     ev_tdp_spte_changed(vm, -1, spte_gfn(vm, index), old, new_, level, role_as_id(sp.role))
     if is_leaf != was_leaf:
         page_stats(vm, level, 1 if is_leaf else -1)
-    if spte_present(old) and not was_leaf and (not spte_present(new_) or spte_pfn(old) != spte_pfn(new_)):
-        tdp_teardown(vm, <int32_t>spte_pfn(old), shared, doomed)
+    if spte_present(old) and not was_leaf and (not spte_present(new_) or (old ^ new_) & PT_ADDR_MASK):
+        tdp_teardown(vm, spte_child(old), shared, doomed)
 
 
 cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) noexcept nogil:
@@ -65,20 +65,20 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
     cdef ShadowPage *sp = page_at(vm, id)
     cdef uint64_t base = <uint64_t>id << 9
     cdef uint64_t *sptep
-    cdef uint64_t old
+    cdef uint64_t old, removed = vm.masks.removed
     cdef int i
     ev_prepare_zap_page(vm, -1, id)
     nx_forget(vm, id)
     for i in range(ENTRIES):
         sptep = spte_at(vm, base + <uint64_t>i)
         if shared:
-            old = xchg_u64(sptep, REMOVED_SPTE)
+            old = xchg_u64(sptep, removed)
         else:
             old = spte_read(sptep)
             if not spte_present(old):
                 continue
-            old = xchg_u64(sptep, REMOVED_SPTE)
-        tdp_changed(vm, base + <uint64_t>i, old, REMOVED_SPTE, shared, doomed)
+            old = xchg_u64(sptep, removed)
+        tdp_changed(vm, base + <uint64_t>i, old, removed, shared, doomed)
     sp.on_list = LIST_INVALID
     sp.list_next = doomed[0]
     doomed[0] = id
@@ -130,11 +130,11 @@ cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, in
 
 cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *doomed) noexcept nogil:
     """Remove one entry while others fault: REMOVED, flush, then empty for the next owner."""
-    if not tdp_set(vm, index, old, REMOVED_SPTE, doomed):
+    if not tdp_set(vm, index, old, vm.masks.removed, doomed):
         return False
     hook(vm, POINT_TDP_REMOVED)
     flush_remote_tlbs(vm)
-    spte_write(spte_at(vm, index), 0)
+    spte_write(spte_at(vm, index), vm.masks.empty)
     return True
 
 # ---- faults ---------------------------------------------------------------------
@@ -145,6 +145,8 @@ cdef inline int32_t tdp_page_new(Vm *vm, int32_t id, int vcpu_id, uint64_t gfn, 
         page_at(vm, id).gfn = gfn
         page_at(vm, id).role = role
         page_at(vm, id).tdp = 1
+        if vm.masks.empty:
+            page_fill(vm, id, vm.masks.empty)
         ev_get_page(vm, vcpu_id, id, True)
     return id
 
@@ -191,7 +193,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
         spte = spte_read(spte_at(vm, index))
         if vm.switches.nx_huge_pages:
             adjust_nx_level(f, spte, level)
-        if spte == REMOVED_SPTE:
+        if spte == vm.masks.removed:
             # Whoever is taking it down owns it, at the goal level too.
             tdp_defer(vm, doomed)
             return RET_PF_RETRY
@@ -201,7 +203,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             if not tdp_zap_entry(vm, index, spte, &doomed):
                 tdp_defer(vm, doomed)
                 return RET_PF_RETRY
-            spte = 0
+            spte = vm.masks.empty
         if not spte_present(spte):
             child = tdp_page_new(vm, cache_alloc(vcpu), vcpu.id, f.gfn & ~(level_pages(level) - 1),
                                  role_with_level(page_at(vm, table).role, level - 1))
@@ -216,7 +218,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             if f.huge_page_disallowed and f.req_level >= level:
                 nx_disallow(vm, child)
         else:
-            child = <int32_t>spte_pfn(spte)
+            child = spte_child(spte)
         table = child
         level -= 1
     ret = tdp_install(vcpu, f, index, f.gfn & ~(level_pages(level) - 1), &doomed)
@@ -267,17 +269,17 @@ cdef inline void tdp_zap_level(Vm *vm, int32_t table, int zap_level, bint shared
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)
     cdef int i
-    cdef uint64_t old
+    cdef uint64_t old, empty = vm.masks.empty
     for i in range(ENTRIES):
         old = spte_read(spte_at(vm, base + <uint64_t>i))
         if not spte_present(old):
             continue
         if level > zap_level:
             if not spte_is_last(old, level):
-                tdp_zap_level(vm, <int32_t>spte_pfn(old), zap_level, shared, doomed)
+                tdp_zap_level(vm, spte_child(old), zap_level, shared, doomed)
             continue
-        old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
-        tdp_changed(vm, base + <uint64_t>i, old, 0, shared, doomed)
+        old = xchg_u64(spte_at(vm, base + <uint64_t>i), empty)
+        tdp_changed(vm, base + <uint64_t>i, old, empty, shared, doomed)
 
 cdef inline void tdp_zap_root(Vm *vm, int32_t root, bint shared) noexcept nogil:
     """Two passes: below the 1 GiB entries first, so that no step takes too long."""
@@ -329,7 +331,7 @@ cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogi
     """Unlink one table and tear it down, under mmu_lock for write; the caller flushes.  False: nothing leads to it."""
     cdef ShadowPage *sp = page_at(vm, id)
     cdef int32_t root = vm.tdp_roots, table
-    cdef uint64_t index, spte
+    cdef uint64_t index, spte, empty = vm.masks.empty
     cdef int level
     while root:
         table = root
@@ -339,11 +341,11 @@ cdef inline bint tdp_zap_page(Vm *vm, int32_t id, int32_t *doomed) noexcept nogi
             spte = spte_read(spte_at(vm, index))
             if not spte_present(spte) or spte_is_last(spte, level):
                 break
-            table = <int32_t>spte_pfn(spte)
+            table = spte_child(spte)
             if table == id:
-                if not cmpxchg_u64(spte_at(vm, index), spte, 0):
+                if not cmpxchg_u64(spte_at(vm, index), spte, empty):
                     return False
-                tdp_changed(vm, index, spte, 0, False, doomed)
+                tdp_changed(vm, index, spte, empty, False, doomed)
                 return True
             level -= 1
         root = page_at(vm, root).list_next
@@ -372,7 +374,7 @@ cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t e
     """Empty the leaves of [first, end) below one table; tables stay.  Under mmu_lock for write."""
     cdef uint64_t base = <uint64_t>table << 9
     cdef int level = role_level(page_at(vm, table).role)
-    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
+    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old, empty = vm.masks.empty
     cdef bint any = False
     cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
     gfn += <uint64_t>i * pages
@@ -380,11 +382,11 @@ cdef inline bint tdp_zap_range(Vm *vm, int32_t table, uint64_t first, uint64_t e
         old = spte_read(spte_at(vm, base + <uint64_t>i))
         if spte_present(old):
             if spte_is_last(old, level):
-                old = xchg_u64(spte_at(vm, base + <uint64_t>i), 0)
-                tdp_changed(vm, base + <uint64_t>i, old, 0, False, doomed)
+                old = xchg_u64(spte_at(vm, base + <uint64_t>i), empty)
+                tdp_changed(vm, base + <uint64_t>i, old, empty, False, doomed)
                 any = True
             else:
-                any |= tdp_zap_range(vm, <int32_t>spte_pfn(old), first, end, doomed)
+                any |= tdp_zap_range(vm, spte_child(old), first, end, doomed)
         gfn += pages
         i += 1
     return any
@@ -416,7 +418,7 @@ cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_
         old = spte_read(spte_at(vm, base + <uint64_t>i))
         if spte_present(old):
             if not spte_is_last(old, level):
-                any |= tdp_wrprot_range(vm, <int32_t>spte_pfn(old), first, end, mask, min_level)
+                any |= tdp_wrprot_range(vm, spte_child(old), first, end, mask, min_level)
             elif spte_writable(old) and level >= min_level:
                 if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
                     # The lockless repair and the processor's A and D bits may get in between.
@@ -466,7 +468,7 @@ cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t
             page_stats(vm, level - 1, ENTRIES)
             ev_split_huge_page(vm, -1, gfn, old, level, 0)
         elif spte_present(old):
-            child = <int32_t>spte_pfn(old)
+            child = spte_child(old)
         if child:
             tdp_split_range(vm, child, first, end)
         gfn += pages
@@ -490,7 +492,7 @@ cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uin
                     and max_mapping_level(vm, slot, gfn, LEVEL_1G) >= level):
                 tdp_zap_entry(vm, base + <uint64_t>i, old, &doomed)
             else:
-                tdp_collapse_range(vm, <int32_t>spte_pfn(old), slot, first, end)
+                tdp_collapse_range(vm, spte_child(old), slot, first, end)
         gfn += pages
         i += 1
     tdp_free(vm, doomed)

@@ -57,7 +57,7 @@ cdef inline int frame_verdict(Vcpu *vcpu, uint64_t address, uint64_t hpa, bint w
     spte = sptes[level]
     if not spte_present(spte) or not spte_is_last(spte, level):
         return TLB_UNMAPPED
-    pfn = spte_pfn(spte) + ((address >> 12) & ((ONE << (9 * (level - 1))) - 1))
+    pfn = spte_pfn(&vcpu.vm.masks, spte) + ((address >> 12) & ((ONE << (9 * (level - 1))) - 1))
     if pfn != hpa >> 12:
         return TLB_OTHER_FRAME
     if writes and not spte_writable(spte) and not spte_acc_tracked(&vcpu.vm.masks, spte):

@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_pfn, spte_present, spte_writable
+from kvmmmu.bits.spte cimport spte_child, spte_present, spte_writable
 from kvmmmu.engine.atomics cimport full_barrier, ld_u16, st_u16, st_u64, st_u8
 from kvmmmu.engine.events cimport ev_unsync_page, ev_tdp_spte_changed
 from kvmmmu.engine.hooks cimport POINT_ACCOUNTED, POINT_UNSYNC, hook
@@ -44,7 +44,7 @@ cdef inline bint tdp_write_protect_gfn(Vm *vm, int as_id, uint64_t gfn, int min_
                         ev_tdp_spte_changed(vm, -1, gfn, spte, spte_read(sptep), level, as_id)
                         changed = True
                     break
-                table = <int32_t>spte_pfn(spte)
+                table = spte_child(spte)
                 level -= 1
         root = sp.list_next
     return changed

@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_is_last, spte_present
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_present
 from kvmmmu.engine.pages cimport page_at, page_sptes, role_level
 from kvmmmu.engine.state cimport LIST_FREE, PREV_ROOTS, ShadowPage, Vcpu, Vm
 
@@ -38,14 +38,14 @@ cdef inline int tree_level(Vm *vm, int32_t id) noexcept nogil:
 
 cdef inline int32_t tree_child(Vm *vm, uint64_t spte, int level, bint special) noexcept nogil:
     """The table an entry points at, 0 for none."""
-    cdef uint64_t id
+    cdef int32_t id
     if special:
         if not spte & PT_PRESENT_MASK:
             return 0
     elif not spte_present(spte) or spte_is_last(spte, level):
         return 0
-    id = (spte & PT_ADDR_MASK) >> 12
-    return <int32_t>id if 0 < id < <uint64_t>vm.arena.top else 0
+    id = spte_child(spte)
+    return id if 0 < id < vm.arena.top else 0
 
 
 cdef inline int tree_collect(Vm *vm, int32_t root, uint8_t *seen, int32_t *ids, int n) noexcept nogil:

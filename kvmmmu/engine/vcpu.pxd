@@ -4,6 +4,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
+from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.paging cimport (
     FAULT_EPT_MISCONFIG, FAULT_EPT_VIOLATION, FAULT_GP, FAULT_NONE, FAULT_NPF, FAULT_PF, FMT_64, Paging,
 )
@@ -15,7 +16,7 @@ from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
-from kvmmmu.engine.leaf cimport RET_PF_EMULATE
+from kvmmmu.engine.leaf cimport RET_PF_EMULATE, RET_PF_RETRY
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.pages cimport spte_gfn
@@ -23,7 +24,7 @@ from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.single cimport single_walk
 from kvmmmu.engine.state cimport (
     Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
-    OUTCOME_SHUTDOWN, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, TlbEntry, Vcpu, Vm,
+    OUTCOME_SHUTDOWN, OUTCOME_VE, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, TlbEntry, Vcpu, Vm,
 )
 from kvmmmu.engine.tlbcache cimport tlb_offset
 from kvmmmu.engine.tlbwalk cimport shadow_gpa, tlb_access, tlb_hit, tlb_tables
@@ -165,6 +166,8 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     trace_exit(vcpu, fault, address, code)
     if fault == FAULT_EPT_VIOLATION:
         code = ept_error_code(code)
+        if vcpu.vm.tdx:
+            return tdx_result(page_fault(vcpu, address, code))
     elif fault == FAULT_EPT_MISCONFIG:
         if vcpu.vectoring:
             return EXIT_DELIVERY_EV
@@ -176,6 +179,21 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     # Direct tables translate what faulted: the emulator may use it as it is.
     known_gpa[0] = address if vcpu.root_role & ROLE_DIRECT else ALL_ONES
     return page_fault(vcpu, address, code)
+
+
+cdef inline int tdx_result(int result) noexcept nogil:
+    """KVM cannot see a TDX guest's registers: instead of emulating it lets the guest try again, for a #VE."""
+    return RET_PF_RETRY if result == RET_PF_EMULATE else result
+
+
+cdef inline bint raises_ve(const Vcpu *vcpu) noexcept nogil:
+    """An EPT violation that the guest gets itself (SDM vol. 3C section 26.5.7.1); the TDX module has #VE switched on.
+
+    The guest always has read what the last one left in its information area.
+    """
+    cdef const Walk *w = &vcpu.nested
+    return (vcpu.vm.tdx and w.seen and not w.entries[w.seen] & EPT_SUPPRESS_VE
+            and vcpu.regs.cr0 & CR0_PE and not vcpu.vectoring)
 
 
 cdef inline void unprotect_gva(Vcpu *vcpu, uint64_t gva) noexcept nogil:
@@ -250,6 +268,10 @@ cdef inline bint guest_own_fault(Vcpu *vcpu, int fault, uint64_t gva, Access *ou
     elif fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
         out.outcome = OUTCOME_PF
         out.error_code = reported_code(vcpu, vcpu.walk.error_code)
+    elif fault == FAULT_EPT_VIOLATION and raises_ve(vcpu):
+        out.outcome = OUTCOME_VE
+        out.error_code = vcpu.nested.error_code
+        out.gpa = vcpu.nested.va
     else:
         return False
     out.fault_gva = gva

@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_is_last, spte_pfn, spte_present
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_present
 from kvmmmu.engine.atomics cimport fetch_add_u64, st_u8
 from kvmmmu.engine.events cimport ev_prepare_zap_page, ev_sync_page, ev_zap_all_fast
 from kvmmmu.engine.hooks cimport POINT_FLUSHED, POINT_FREED, POINT_ROOTS_REQUESTED, POINT_UNLINKED, hook
@@ -51,7 +51,7 @@ cdef inline int32_t unsync_child(Vm *vm, int32_t parent, int entry) noexcept nog
     if not spte_present(spte) or spte_is_last(spte, role_level(page_at(vm, parent).role)):
         unsync_bit_clear(vm, parent, entry)
         return 0
-    child = <int32_t>spte_pfn(spte)
+    child = spte_child(spte)
     if not page_at(vm, child).unsync and not page_at(vm, child).unsync_children:
         unsync_bit_clear(vm, parent, entry)
         return 0

@@ -69,7 +69,26 @@ def nx_state() -> Snapshot:
     return Snapshot(m.vm._core.snapshot())
 
 
-STATES = {"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state, "nx": nx_state}
+def tdx_state() -> Snapshot:
+    """A TDX guest: an mmio spte beside empty entries, and memory."""
+    m = Machine("ept", FLAT, tdx=True)
+    m.access(DATA)
+    m.access(MMIO)
+    return Snapshot(m.vm._core.snapshot())
+
+
+def sme_state() -> Snapshot:
+    """A host that encrypts: PAE roots, tables and leaves with the C-bit."""
+    m = Machine("shadow", FLAT, host=km.HostCpu(vendor="amd", maxphyaddr=48, phys_bits=43, c_bit=47))
+    m.access(DATA)
+    m.access(MMIO)
+    return Snapshot(m.vm._core.snapshot())
+
+
+STATES = {
+    **{"shadow": shadow_state, "tdp": tdp_state, "p32": p32_state, "nx": nx_state},
+    **{"tdx": tdx_state, "sme": sme_state},
+}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -247,6 +266,29 @@ def stray_value(s: Snapshot) -> None:
     s.sptes[at] = np.uint64(0x5A0)
 
 
+def special(s: Snapshot) -> Any:
+    return (s.pages["special"] != 0)[:, None]
+
+
+def clear_c_bit(s: Snapshot, where: Any) -> None:
+    s.sptes[first(where)] &= ~np.uint64(1 << 47)
+
+
+def mmio_elsewhere(s: Snapshot) -> None:
+    page, entry = first(s.mmio)
+    s.sptes[page, entry ^ 1] = s.sptes[page, entry]
+
+
+def empty_entry_that_raises_ve(s: Snapshot) -> None:
+    page, entry = first(s.mmio)
+    s.sptes[page, entry ^ 1] = 0
+
+
+def entry_being_torn_down(s: Snapshot) -> None:
+    page, entry = first(s.mmio)
+    s.sptes[page, entry ^ 1] = np.uint64(1 << 63 | 0x5A0)
+
+
 def large_leaf_over_table(s: Snapshot) -> None:
     slot = s.spaces[0].slots[0]
     slot.disallow[2][(int(s.gfn[first(s.leaf & (s.level == 2)[:, None])]) >> 9)] += 1
@@ -322,8 +364,14 @@ DAMAGE: list[tuple[str, str, str, Damage]] = [
     ("rights", "shadow", "the slot is read-only", readonly_slot),
     ("frames", "shadow", "another frame", wrong_frame),
     ("frames", "tdp", "another frame", wrong_frame),
+    ("encryption", "sme", "a leaf is read as plain memory", lambda s: clear_c_bit(s, s.leaf)),
+    ("encryption", "sme", "a link is", lambda s: clear_c_bit(s, s.link)),
+    ("encryption", "sme", "a PAE root is", lambda s: clear_c_bit(s, special(s) & (s.sptes != 0))),
     ("mmio", "tdp", "a slot stands there", slot_over_mmio),
     ("mmio", "shadow", "neither present nor MMIO", stray_value),
+    ("mmio", "tdp", "of another gfn", mmio_elsewhere),
+    ("mmio", "tdx", "an empty entry tells the guest", empty_entry_that_raises_ve),
+    ("mmio", "tdx", "an entry is being torn down", entry_being_torn_down),
     ("generation", "shadow", "odd", odd_generation),
     ("generation", "shadow", "an update in flight", update_in_flight),
     ("generation", "tdp", "the vCPU's record names memory", record_over_slot),

@@ -1,5 +1,6 @@
 """Random scripts through every configuration: nothing breaks, and what may not matter does not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,32 @@ def test_a_guest_cannot_tell_the_two_direct_mmus_apart(left: str, right: str, mo
         # Dirty logs differ: the TDP MMU maps writable what was only read.
         seen = [[[o for o in out if "pages" not in o[1]] for out in outcomes(m)] for m in machines]
         assert seen[0] == seen[1]
+        for number, memory in machines[0].host.backs.items():
+            assert np.array_equal(memory, machines[1].host.backs[number])
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("golden/")])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_encrypting_host_adds_its_c_bit_to_mappings_and_changes_nothing_else(name: str, mode: str) -> None:
+    plain = configuration(name)
+    host = replace(plain.host, maxphyaddr=48, phys_bits=43, c_bit=(bit := 47 if mode == "long" else 36))
+    for seed, wide in SEEDS:
+        wanted = script(seed, mode, wide)
+        machines = [
+            Machine(replace(plain, host=replace(host, sme=sme)), wanted, events=False) for sme in (False, True)
+        ]
+        for index in range(len(wanted.ops)):
+            left, right = (machine.run(index)[0] for machine in machines)
+            assert left == right
+            if index % 25:
+                continue
+            tables = [machine.vm.page_tables(machine.vcpu, all=True) for machine in machines]
+            used = tables[0].sptes >> np.uint64(11) & np.uint64(1) == 1
+            used |= (tables[0].records["special"] != 0)[:, None] & (tables[0].sptes != 0)
+            marked = np.where(used, tables[0].sptes | np.uint64(1 << bit), tables[0].sptes)
+            assert np.array_equal(tables[1].sptes, marked)
+            machines[1].vm.check()
+        assert dict(machines[0].vm.stats) == dict(machines[1].vm.stats)
         for number, memory in machines[0].host.backs.items():
             assert np.array_equal(memory, machines[1].host.backs[number])
 

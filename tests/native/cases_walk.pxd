@@ -3,7 +3,7 @@
 
 from libc.stdint cimport uint64_t, uint8_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_is_last, spte_is_mmio, spte_pfn, spte_present, spte_writable
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_is_mmio, spte_pfn, spte_present, spte_writable
 from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim, vcpu_release
 from kvmmmu.engine.fault cimport walk_sptes
 from kvmmmu.engine.hooks cimport *
@@ -76,7 +76,7 @@ cdef inline uint64_t leaf_index(World *w, int vcpu, uint64_t address, int level)
         spte = spte_read(spte_at(w.vm, (table << 9) + ((address >> (12 + 9 * (at - 1))) & 511)))
         if not spte_present(spte) or spte_is_last(spte, at):
             return 0
-        table = spte_pfn(spte)
+        table = <uint64_t>spte_child(spte)
         at -= 1
     return (table << 9) + ((address >> (12 + 9 * (level - 1))) & 511)
 
@@ -495,8 +495,10 @@ cdef inline int c13_split(World *w) noexcept nogil:
         return 1
     if turns_step(R, POINT_END) or turns_step(W, POINT_END):
         return 1
-    expect(w, w.walker[R].leaf == 2 and spte_pfn(w.walker[R].sptes[2]) == pfn - 5, b"before: the huge leaf")
-    expect(w, w.walker[2].leaf == 1 and spte_pfn(w.walker[2].sptes[1]) == pfn, b"after: the small one, same frame")
+    expect(w, w.walker[R].leaf == 2 and spte_pfn(&w.vm.masks, w.walker[R].sptes[2]) == pfn - 5,
+           b"before: the huge leaf")
+    expect(w, w.walker[2].leaf == 1 and spte_pfn(&w.vm.masks, w.walker[2].sptes[1]) == pfn,
+           b"after: the small one, same frame")
     return 0
 
 

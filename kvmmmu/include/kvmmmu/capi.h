@@ -65,7 +65,8 @@ enum {
     KVMMMU_OUTCOME_INTERNAL_ERROR = 4, /* KVM gives up: no instruction to emulate */
     KVMMMU_OUTCOME_SHUTDOWN = 5,       /* triple fault */
     KVMMMU_OUTCOME_HANG = 6,           /* exits without progress */
-    KVMMMU_OUTCOME_ERROR = 7           /* KVM_RUN would fail; error_code is the errno */
+    KVMMMU_OUTCOME_ERROR = 7,          /* KVM_RUN would fail; error_code is the errno */
+    KVMMMU_OUTCOME_VE = 8              /* a TDX guest gets #VE for gpa; error_code is the exit qualification */
 };
 
 /* Who carried it out. */
