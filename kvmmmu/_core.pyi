@@ -130,6 +130,8 @@ class TranslationRow:
     @property
     def rights(self) -> Rights: ...
 
+def own_method(cls: type, name: str) -> None: ...
+
 @disjoint_base
 class PagingCore(TablesHandle):
     def __init__(
@@ -141,10 +143,11 @@ class PagingCore(TablesHandle):
         second: tuple[object, ...],
         pdptes: Any,
     ) -> None: ...
-    def walk(
+    def walk(self, gva: int, /) -> int: ...
+    def walk_for(
         self,
         gva: int,
-        access: str = ...,
+        access: str,
         cpl: int = ...,
         ac: bool = ...,
         implicit: bool = ...,

@@ -13,7 +13,7 @@ from libc.stdlib cimport atoi, calloc, free, malloc
 from libc.string cimport memset, strcmp
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, ld_u32, spin_lock, spin_unlock, st_u32
-from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim, vcpu_release
+from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim, vcpu_claim_enter, vcpu_release
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport events_copy
@@ -168,11 +168,11 @@ cdef void *vcpu_main(void *arg) noexcept nogil:
     cdef uint64_t what
     cdef int i
     while going(t):
-        if vcpu_claim(vcpu) != CLAIM_OK:
+        what = dice(t, 16)
+        if (vcpu_claim_enter(vcpu) if what < 6 else vcpu_claim(vcpu)) != CLAIM_OK:
             memset(all, 0, sizeof(Access))
             complain(t, b"nobody else claims this vCPU", 0, all)
             break
-        what = dice(t, 16)
         if what < 6:
             gvas[0] = any_gva(t)
             vcpu_access(vcpu, gvas[0], PFERR_WRITE if dice(t, 2) else 0, 1, NULL, all)
