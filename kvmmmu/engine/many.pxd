@@ -8,7 +8,6 @@ to ``vcpu_access``, which may change anything, so what was remembered goes then.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_EPT, FMT_NONE, FMT_PAE, Paging
 from kvmmmu.engine.accept cimport accepted
