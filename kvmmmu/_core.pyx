@@ -262,8 +262,7 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
@@ -956,7 +955,6 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from kvmmmu.engine.state cimport *
@@ -982,7 +980,7 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vcpu_set_smm, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
@@ -1674,16 +1672,22 @@ cdef class VcpuCore(VcpuHandle):
     # -- registers
 
     def registers(self):
-        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs, smm."""
         cdef Vcpu *v = self.vcpu
         return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
-                tuple([v.regs.pdptr[i] for i in range(4)]))
+                tuple([v.regs.pdptr[i] for i in range(4)]), bool(v.smm))
 
     def set_mode(self, int cpl, bint ac):
         in_range(cpl, "cpl", 0, 3)
         self.claim()
         self.vcpu.cpl = cpl
         self.vcpu.ac = ac
+        self.release()
+
+    def set_smm(self, bint on):
+        """Enter or leave system management mode."""
+        self.claim()
+        vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
@@ -2074,7 +2078,6 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
 
 # ---- trees: a copy of the tables KVM built
 
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.trees cimport TreePage, tree_copy, tree_list
 
 TREE_PAGE_DTYPE = np.dtype(
@@ -2125,7 +2128,6 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stddef cimport size_t
 from libc.string cimport strcmp
 from kvmmmu.engine.embed cimport (
     Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
