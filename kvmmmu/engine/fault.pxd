@@ -399,4 +399,5 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
         unprotect_gfn(vm, vcpu.id, address >> 12)
         mmu_write_unlock(vm)
         return RET_PF_RETRY
-    return RET_PF_EMULATE
+    # KVM sees no register of a TDX guest, who tries again instead, for a #VE.
+    return RET_PF_RETRY if vm.tdx else RET_PF_EMULATE
