@@ -5,8 +5,8 @@ import os
 
 # ---- sptes and constants
 cimport cython
-from libc.string cimport memset
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset, strcmp
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, spte_ad_kind_off,
                                spte_ad_need_write_protect, spte_dirty_mask, spte_executable, spte_is_last,
@@ -262,7 +262,6 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
@@ -956,7 +955,6 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
@@ -2128,7 +2126,6 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.string cimport strcmp
 from kvmmmu.engine.embed cimport (
     Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
     embed_set_sregs, embed_status_text, embed_sync_roots, embed_translate,
