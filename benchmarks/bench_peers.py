@@ -5,6 +5,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,11 +51,12 @@ def guest(compile_c: Callable[[str], ctypes.CDLL]) -> Guest:
 
 
 @pytest.mark.benchmark(group="one translation at a time from Python, loop included")
-def bench_one_by_one(against: Callable[..., None], guest: Guest) -> None:
+def bench_one_by_one(against: Callable[..., None], guest: Guest, kernels: ModuleType) -> None:
+    """``no_walk`` beside them: an integer in, an integer out, and nothing between."""
     gvas = np.random.default_rng(2).integers(0, SPAN, CALLS).tolist()
     walk = guest.paging.walk
-    names: dict[str, object] = {"gvas": gvas, "walk": walk}
-    contestants, absent = {}, {}
+    names: dict[str, object] = {"gvas": gvas, "walk": walk, "no_walk": kernels.no_walk}
+    contestants, absent = {"no_walk": "for gva in gvas: no_walk(gva)"}, {}
     for name in ONE_BY_ONE:
         try:
             call = getattr(guest.tables, name)()

@@ -20,9 +20,11 @@ GVA, GPA = 0x5123, 0x405123
 CALLS = {
     "walk": "walk(gva)",
     "walk, bound anew": "paging.walk(gva)",
-    "walk, rights given": "walk(gva, 'w', cpl=3)",
+    "walk_for": "walk_for(gva, 'w', cpl=3)",
     "translate_one": "translate_one(gva)",
+    "translate_one, bound anew": "paging.translate_one(gva)",
     "access": "access(gva, 'w', cpl=0)",
+    "access, bound anew": "vcpu.access(gva, 'w', cpl=0)",
     "access, defaults": "access(gva)",
     "access, TLB": "access_tlb(gva, 'w', cpl=0)",
 }
@@ -45,11 +47,12 @@ def names() -> dict[str, object]:
     assert (again.ok, again.exits, again.gpa) == (True, 0, GPA)
     bound = {
         "walk": paging.walk,
+        "walk_for": paging.walk_for,
         "translate_one": paging.translate_one,
         "access": vcpu.access,
         "access_tlb": cached.access,
     }
-    return {"paging": paging, "gva": GVA, "text": "walk", **bound}
+    return {"paging": paging, "vcpu": vcpu, "gva": GVA, "text": "walk", **bound}
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -262,13 +262,11 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t
 from cpython.exc cimport PyErr_Clear
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check, PyLong_CheckExact
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 
-from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
 from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
@@ -292,33 +290,48 @@ FAULTS = tuple(_Fault)
 RIGHTS = tuple(map(_Rights, range(8)))
 
 cdef extern from "Python.h":
-    # Without Cython's own check behind it: the caller looks for an error where there can be one.
-    uint64_t raw_word "PyLong_AsUnsignedLongLong" (object) noexcept
+    # Without Cython's check: the caller looks.  size_t, because CPython goes byte by byte to unsigned long long.
+    uint64_t raw_word "PyLong_AsSize_t" (object) noexcept
+
+cdef extern from *:
+    """
+    static PyObject *kvmmmu_method_of(PyObject *cls, PyObject *method) {
+        return PyDescr_NewMethod((PyTypeObject *)cls, ((PyMethodDescrObject *)method)->d_method);
+    }
+    """
+    object kvmmmu_method_of(object cls, object method)
+
+
+def own_method(cls, str name):
+    """Give a class an inherited C method as its own: CPython calls those of exactly the object's class at once."""
+    if type(getattr(cls, name)) is not type(str.upper):
+        raise TypeError(f"{name} of {cls!r} is no C method")
+    setattr(cls, name, kvmmmu_method_of(cls, getattr(cls, name)))
 
 
 cdef inline uint64_t word_arg(object value, str name) except? 0:
     """An integer in 0..2^64-1, or an error that names the argument."""
-    cdef uint64_t word
-    if PyLong_CheckExact(value):
-        word = raw_word(value)
-        if word != ALL_ONES:
-            return word
-        PyErr_Clear()
-    return word_checked(value, name)
+    cdef uint64_t word = raw_word(value) if PyLong_CheckExact(value) else ALL_ONES
+    return word if word != ALL_ONES else word_checked(value, name, 64)
 
 
-cdef uint64_t word_checked(object value, str name) except? 0:
+cdef uint64_t word_checked(object value, str name, int bits) except? 0:
+    PyErr_Clear()
     try:
-        value = PyNumber_Index(value)
+        number = PyNumber_Index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    try:
-        return PyLong_AsUnsignedLongLong(value)
-    except OverflowError:
-        raise OverflowError(f"{name} is {value}; allowed are 0 .. 2**64 - 1") from None
+    if number < 0 or number >> bits:
+        raise OverflowError(f"{name} is {number}; allowed are 0 .. 2**{bits} - 1")
+    return number
 
 
-cdef int small_arg(object value, str name, int low, int high) except? -1:
+cdef inline uint64_t as_word(object value, str name, int bits=64) except? 0:
+    """``word_arg`` of fewer bits."""
+    return word_arg(value, name) if bits == 64 else word_checked(value, name, bits)
+
+
+cdef int in_range(object value, str name, int low, int high) except? -1:
     """An integer in low..high, or an error that names the argument."""
     cdef int overflow = 0
     cdef long n
@@ -338,8 +351,9 @@ cdef int small_arg(object value, str name, int low, int high) except? -1:
 cdef inline uint64_t access_arg(object access, object cpl, bint implicit) except 1:
     """PFERR_* bits of "r", "w" or "x" at a privilege level."""
     cdef uint64_t bits
-    cdef int ring = small_arg(cpl, "cpl", 0, 3)
-    if access is "r" or access == "r":
+    cdef int ring = in_range(cpl, "cpl", 0, 3)
+    # The same objects, nearly always: comparing strings is for the rest.
+    if access is "r" or access is not "w" and access == "r":
         bits = 0
     elif access is "w" or access == "w":
         bits = PFERR_WRITE
@@ -512,7 +526,7 @@ cdef class PagingCore(TablesHandle):
                         f"less one), A/D in bit 6, and a table address below bit {host_cpu.maxphyaddr}")
                 paging_init_ept(&self.host, root, &host_cpu, dialect)
             else:
-                paging_init_npt(&self.host, root, small_arg(second[2], "levels", 4, 5), &host_cpu, dialect)
+                paging_init_npt(&self.host, root, in_range(second[2], "levels", 4, 5), &host_cpu, dialect)
                 self.paging.pdpte_in_memory = 1
         if self.paging.format == FMT_PAE and not self.paging.pdpte_in_memory:
             if pdptes is not None:
@@ -579,10 +593,38 @@ cdef class PagingCore(TablesHandle):
         self.columns = found
         return 0
 
+    @cython.final
+    cdef inline object gpa(self, uint64_t gva, uint64_t access, bint ac, bint set_ad):
+        cdef Quick q
+        cdef uint64_t gpa = 0
+        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], gva, access, ac, set_ad, &q):
+            return <int64_t>q.gpa
+        if single_gpa(&self.paging, &self.host, &self.map, self.hint, gva, access, ac, set_ad, &gpa):
+            return gpa
+        return -1
+
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
+    @cython.embedsignature.format("clinic")
+    def walk(self, gva, /):
+        """Translate one address for a supervisor read; ``walk_for`` is for every other access.
+
+        Parameters
+        ----------
+        gva : int
+            Guest virtual address.
+
+        Returns
+        -------
+        int
+            The address in memory, or -1 where the access faults (``walk_result`` tells why).
+        """
+        return self.gpa(word_arg(gva, "gva"), 0, False, False)
+
     @cython.binding(False)
     @cython.embedsignature.format("clinic")
-    def walk(self, gva, access="r", cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
-        """Translate one address.
+    def walk_for(self, gva, access, cpl=0, bint ac=False, bint implicit=False, bint set_ad=False):
+        """Translate one address for the access that is named.
 
         Parameters
         ----------
@@ -601,17 +643,9 @@ cdef class PagingCore(TablesHandle):
         Returns
         -------
         int
-            The address in memory, or -1 where the access faults (``walk_result`` tells why).
+            As of ``walk``.
         """
-        cdef uint64_t gpa = 0, bits = 0, word = word_arg(gva, "gva")
-        cdef Quick q
-        if access is not "r" or cpl is not 0 or implicit:
-            bits = access_arg(access, cpl, implicit)
-        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], word, bits, ac, set_ad, &q):
-            return <int64_t>q.gpa
-        if single_gpa(&self.paging, &self.host, &self.map, self.hint, word, bits, ac, set_ad, &gpa):
-            return gpa
-        return -1
+        return self.gpa(word_arg(gva, "gva"), access_arg(access, cpl, implicit), ac, set_ad)
 
     @cython.binding(False)
     @cython.always_allow_keywords(False)
@@ -665,7 +699,7 @@ cdef class PagingCore(TablesHandle):
 
     @kernel.setter
     def kernel(self, value):
-        self.tables.kernel = small_arg(value, "kernel", 0, self.best_kernel)
+        self.tables.kernel = in_range(value, "kernel", 0, self.best_kernel)
 
     def mappings_into(self, gva, out, int64_t walks):
         """List leaves from ``gva`` on; returns how many, and the address to go on from (None: that was all)."""
@@ -691,7 +725,7 @@ cdef class PagingCore(TablesHandle):
         return guest, (walk_dict(&self.host, &hw) if hw.top else None)
 
     cdef const Paging *dimension(self, object value) except NULL:
-        if small_arg(value, "dimension", 1, 2) == 1:
+        if in_range(value, "dimension", 1, 2) == 1:
             return &self.paging
         if self.host.format == FMT_NONE:
             raise ArgumentError("dimension is 2; this object has no nested tables")
@@ -713,7 +747,7 @@ cdef class PagingCore(TablesHandle):
         -------
         int
         """
-        return rsvd_bits(self.dimension(dimension), small_arg(level, "level", 1, 5), word_arg(entry, "entry"))
+        return rsvd_bits(self.dimension(dimension), in_range(level, "level", 1, 5), word_arg(entry, "entry"))
 
     def permission_fault(self, rights, access="r", cpl=0, bint ac=False, bint implicit=False, pkey=0, dimension=1):
         """Whether rights (``walks.Rights``) refuse an access: 0, or the error-code bits of the cause (P, PK).
@@ -723,7 +757,7 @@ cdef class PagingCore(TablesHandle):
         rights : int
             0 to 7.
         access, cpl, ac, implicit
-            As in ``walk``; in EPT a user access is one that reads.
+            As in ``walk_for``; in EPT a user access is one that reads.
         pkey : int
             Protection key of the leaf, 0 to 15.
         dimension : {1, 2}
@@ -733,7 +767,7 @@ cdef class PagingCore(TablesHandle):
         int
         """
         return permission_fault(self.dimension(dimension), access_arg(access, cpl, implicit),
-                                small_arg(rights, "rights", 0, 7), ac, small_arg(pkey, "pkey", 0, 15))
+                                in_range(rights, "rights", 0, 7), ac, in_range(pkey, "pkey", 0, 15))
 
     @property
     def format(self):
@@ -768,7 +802,7 @@ cdef raise_pdpte(int i, object value):
 cdef int model_arg(CpuModel *model, tuple fields) except -1:
     memset(model, 0, sizeof(CpuModel))
     (model.maxphyaddr, model.gbpages, model.amd, model.exec_only, model.ept_2m, model.ept_1g, model.no_pse36) = fields
-    small_arg(fields[0], "maxphyaddr", 32, 52)
+    in_range(fields[0], "maxphyaddr", 32, 52)
     return 0
 
 
@@ -887,7 +921,7 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
         if address[i] & 7:
             raise ArgumentError(f"words_pa[{i}] is {address[i]:#x}; allowed are multiples of 8")
     for i in range(n):
-        small_arg((<const WalkCase *>c.view.buf)[i].maxphyaddr, "maxphyaddr", 32, 52)
+        in_range((<const WalkCase *>c.view.buf)[i].maxphyaddr, "maxphyaddr", 32, 52)
     if most > 4096:
         raise ArgumentError(f"one case lists {most} words; allowed are 4096")
     scratch.n = 0
@@ -921,15 +955,13 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
-from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_release, vm_close_begin,
-                                  vm_inside)
+from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_claim_enter, vcpu_release,
+                                  vm_close_begin, vm_inside)
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
@@ -947,14 +979,12 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vcpu_set_smm, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
 from kvmmmu.engine.tlblist cimport TLB_RECORD_WORDS, tlb_records
 from kvmmmu.engine.vcpu cimport access_many, vcpu_access
-
-import operator
 
 import numpy as np
 
@@ -996,34 +1026,6 @@ REGION_REASONS = (
 )
 assert len(VM_STATS_ORDER) == VM_STATS and len(VCPU_STATS_ORDER) == VCPU_STATS and len(EVENT_KINDS) == EV_KINDS
 assert len(REGION_REASONS) == WHY_LIVE_SPTES + 1 and EVENT_DTYPE.itemsize == sizeof(Event)
-
-
-cdef uint64_t as_word(object value, str name, int bits=64) except? 0:
-    """An integer of the machine, or an OverflowError that names the argument."""
-    cdef uint64_t word
-    if bits == 64 and PyLong_CheckExact(value):
-        word = raw_word(value)
-        if word != ALL_ONES:
-            return word
-        PyErr_Clear()
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if number < 0 or number >> bits:
-        raise OverflowError(f"{name} = {number} is outside 0 ... 2^{bits}-1")
-    return number
-
-
-cdef int in_range(object value, str name, int low, int high) except? -1:
-    """A small number, or an ArgumentError that says what is allowed."""
-    if not PyLong_Check(value):
-        if not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-        value = operator.index(value)
-    if not low <= value <= high:
-        raise ArgumentError(f"{name} is {value!r}; allowed are {low} .. {high}")
-    return value
 
 
 cdef class Export:
@@ -1591,10 +1593,12 @@ cdef class AccessResult:
 
 cdef inline uint64_t kind_arg(object kind) except 1:
     """PFERR_* bits of "r", "w", "x" or the codes 0, 1, 2."""
-    if kind is "r":
-        return 0
-    if kind is "w":
-        return PFERR_WRITE
+    if kind is "r" or kind is "w":
+        return PFERR_WRITE if kind is "w" else 0
+    return kind_compared(kind)
+
+
+cdef uint64_t kind_compared(object kind) except 1:
     if kind == "r" or kind == 0:
         return 0
     if kind == "w" or kind == 1:
@@ -1645,31 +1649,44 @@ cdef class VcpuCore(VcpuHandle):
 
     cdef int claim(self) except -1:
         """Take the vCPU.  ``self.alone``: nobody else is in the engine, so the call keeps the interpreter."""
+        return self.take(False)
+
+    @cython.final
+    cdef inline int take(self, bint enter) except -1:
         cdef bint alone = not vm_inside(self.vcpu.vm)
-        cdef int claim = vcpu_claim(self.vcpu)
-        if claim == CLAIM_OK:
-            self.alone = alone
-            return 0
+        cdef int claim = vcpu_claim_enter(self.vcpu) if enter else vcpu_claim(self.vcpu)
+        if claim != CLAIM_OK:
+            return self.refuse(claim)
+        self.alone = alone
+
+    cdef int refuse(self, int claim) except -1:
         if claim == CLAIM_BUSY:
             raise VCpuBusyError(f"vCPU {self.vcpu.id} is in use by another thread")
         raise VmClosedError("the VM was closed")
 
-    cdef void release(self) noexcept:
+    @cython.final
+    cdef inline void release(self) noexcept:
         vcpu_release(self.vcpu)
 
     # -- registers
 
     def registers(self):
-        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs, smm."""
         cdef Vcpu *v = self.vcpu
         return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
-                tuple([v.regs.pdptr[i] for i in range(4)]))
+                tuple([v.regs.pdptr[i] for i in range(4)]), bool(v.smm))
 
     def set_mode(self, int cpl, bint ac):
         in_range(cpl, "cpl", 0, 3)
         self.claim()
         self.vcpu.cpl = cpl
         self.vcpu.ac = ac
+        self.release()
+
+    def set_smm(self, bint on):
+        """Enter or leave system management mode."""
+        self.claim()
+        vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
@@ -1793,6 +1810,23 @@ cdef class VcpuCore(VcpuHandle):
 
     # -- accesses
 
+    @cython.final
+    cdef int make_access(self, int cpl, uint64_t gva, uint64_t bits, int n, uint8_t *data, Access *out) except -1:
+        """``cpl`` -1: at the vCPU's own level."""
+        cdef uint8_t own
+        self.take(True)
+        own = self.vcpu.cpl
+        if cpl >= 0:
+            self.vcpu.cpl = <uint8_t>cpl
+        if self.alone:
+            vcpu_access(self.vcpu, gva, bits, n, data, out)
+        else:
+            with nogil:
+                vcpu_access(self.vcpu, gva, bits, n, data, out)
+        self.vcpu.cpl = own
+        self.release()
+        return 0
+
     @cython.binding(False)
     @cython.embedsignature.format("clinic")
     def access(self, gva, kind="r", cpl=None, size=1, value=None, bint implicit=False):
@@ -1827,33 +1861,22 @@ cdef class VcpuCore(VcpuHandle):
             Another thread uses this vCPU.
         """
         cdef AccessResult result = AccessResult.__new__(AccessResult)
-        cdef uint64_t word = as_word(gva, "gva")
+        cdef uint64_t word = word_arg(gva, "gva")
         cdef uint64_t bits = kind_arg(kind)
         cdef uint8_t data[64]
         cdef uint8_t *moved = NULL
-        cdef uint8_t own
         cdef int level = -1
-        cdef int n = small_arg(size, "size", 1, 64)
+        cdef int n = 1 if size is 1 else in_range(size, "size", 1, 64)
         if value is not None:
             if bits != PFERR_WRITE:
                 raise ArgumentError("value is given; it goes with writes only")
             store_value(data, value, n)
             moved = data
         if cpl is not None:
-            level = cpl_arg(cpl)
+            level = 0 if cpl is 0 else in_range(cpl, "cpl", 0, 3)
         if implicit:
             bits |= PFERR_IMPLICIT
-        self.claim()
-        own = self.vcpu.cpl
-        if level >= 0:
-            self.vcpu.cpl = <uint8_t>level
-        if self.alone:
-            vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
-        else:
-            with nogil:
-                vcpu_access(self.vcpu, word, bits, n, moved, &result.a)
-        self.vcpu.cpl = own
-        self.release()
+        self.make_access(level, word, bits, n, moved, &result.a)
         return result
 
     def move(self, gva, size, data, int cpl, bint write):
@@ -1864,22 +1887,12 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint8_t buffer[64]
         cdef bytes part
         cdef uint64_t bits = PFERR_WRITE if write else 0
-        cdef uint8_t own
         in_range(cpl, "cpl", 0, 3)
         memset(buffer, 0, 64)
         if write:
             part = data
             memcpy(buffer, <const char *>part, <size_t>in_range(len(part), "len(data)", n, n))
-        self.claim()
-        own = self.vcpu.cpl
-        self.vcpu.cpl = <uint8_t>cpl
-        if self.alone:
-            vcpu_access(self.vcpu, word, bits, n, buffer, &result.a)
-        else:
-            with nogil:
-                vcpu_access(self.vcpu, word, bits, n, buffer, &result.a)
-        self.vcpu.cpl = own
-        self.release()
+        self.make_access(cpl, word, bits, n, buffer, &result.a)
         return result, <bytes>buffer[:n]
 
     def run_insn(self, int op, gva, int size, value, expected, src, code_gva, int code_size, int cpl, bint split_rmw,
@@ -2052,17 +2065,10 @@ cdef class VcpuCore(VcpuHandle):
         }
 
 
-cdef int cpl_arg(object cpl) except -1:
-    cdef uint64_t level = as_word(cpl, "cpl")
-    if level > 3:
-        raise ArgumentError(f"cpl is {level}; allowed are 0 .. 3")
-    return <int>level
-
-
 cdef int store_value(uint8_t *data, object value, int size) except -1:
     cdef bytes raw
     try:
-        raw = operator.index(value).to_bytes(size, "little")
+        raw = PyNumber_Index(value).to_bytes(size, "little")
     except OverflowError:
         raise OverflowError(f"value = {value} is outside 0 ... 2^{8 * size}-1") from None
     memcpy(data, <const char *>raw, size)
@@ -2071,7 +2077,6 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
 
 # ---- trees: a copy of the tables KVM built
 
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.trees cimport TreePage, tree_copy, tree_list
 
 TREE_PAGE_DTYPE = np.dtype(
@@ -2122,7 +2127,6 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stddef cimport size_t
 from libc.string cimport strcmp
 from kvmmmu.engine.embed cimport (
     Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,

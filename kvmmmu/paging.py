@@ -209,7 +209,7 @@ class Paging(_core.PagingCore):
         gvas : array_like of uint64
             Guest virtual addresses, any shape.
         access, cpl, ac, implicit, set_ad
-            As in ``walk``.
+            As in ``walk_for``.
 
         Returns
         -------
@@ -240,7 +240,7 @@ class Paging(_core.PagingCore):
         implicit: bool = False,
         set_ad: bool = False,
     ) -> WalkResult:
-        """Walk one address and return everything the walk saw; parameters as in ``walk``."""
+        """Walk one address and return everything the walk saw; parameters as in ``walk_for``."""
         return walk_result(*self.walk_record(gva, access, cpl, ac, implicit, set_ad))
 
     def explain(self, gva: int, access: str = "r", cpl: int = 0, *, ac: bool = False, implicit: bool = False) -> str:
@@ -283,3 +283,7 @@ class Paging(_core.PagingCore):
             if walks >= max_walks:
                 raise ArgumentError(f"max_walks is {max_walks}; the walks so far reached gva {gva:#x}, not the end")
         return np.concatenate(found) if found else np.empty(0, TRANSLATION)
+
+
+for _name in ("walk", "walk_for", "translate_one"):
+    _core.own_method(Paging, _name)

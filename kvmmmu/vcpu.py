@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu._arguments import bytes_of, column_u64, index_in, index_of, index_u64
-from kvmmmu._core import AccessResult
+from kvmmmu._core import AccessResult, own_method
 from kvmmmu.cpu import GuestCpu
 from kvmmmu.errors import ArgumentError, GuestFaultError, MmioUnhandledError
 from kvmmmu.execution import Execution, MmioExit, Registers, ReplayTotals
@@ -76,6 +76,20 @@ class VCpu(RecordedRuns, TranslationCaches):
     @ac.setter
     def ac(self, value: bool) -> None:
         self.set_mode(self.regs.cpl, bool(value))
+
+    @property
+    def smm(self) -> bool:
+        """System management mode: memory is what the slots of address space 1 say (``memslots.create(as_id=1)``).
+
+        Setting it drops every root and resets the context, as in KVM; registers stay, whoever enters SMM sets them.
+        Raises ArgumentError in guest mode.
+        """
+        return self.regs.smm
+
+    @smm.setter
+    def smm(self, value: bool) -> None:
+        self._check_l1("smm")
+        self.set_smm(bool(value))
 
     def set_sregs(
         self,
@@ -410,3 +424,6 @@ class VCpu(RecordedRuns, TranslationCaches):
         """Trace that KVM injects an exception (what the guest then does is its own business)."""
         code = 0 if error_code is None else index_u64("error_code", error_code)
         self.trace_injection(index_in("vector", vector, 0, 31), error_code is not None, code)
+
+
+own_method(VCpu, "access")

@@ -94,11 +94,11 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda p: p.walk(0, "rw"), "access is 'rw'"),
-            (lambda p: p.walk(0, 1), "access is 1"),
-            (lambda p: p.walk(0, "r", 4), "cpl is 4"),
-            (lambda p: p.walk(0, "r", -1), "cpl is -1"),
-            (lambda p: p.walk(0, "r", 1 << 70), "cpl is 11"),
+            (lambda p: p.walk_for(0, "rw"), "access is 'rw'"),
+            (lambda p: p.walk_for(0, 1), "access is 1"),
+            (lambda p: p.walk_for(0, "r", 4), "cpl is 4"),
+            (lambda p: p.walk_for(0, "r", -1), "cpl is -1"),
+            (lambda p: p.walk_for(0, "r", 1 << 70), "cpl is 11"),
             (lambda p: p.translate([0], "q"), "access is 'q'"),
             (lambda p: p.reserved_bits(0, 1), "level is 0"),
             (lambda p: p.reserved_bits(6, 1), "level is 6"),
@@ -192,7 +192,7 @@ class TestBatch:
         paging = Paging(0x8001_0001, 0x1000, 0x30_0020, 0xD00, memory=tables())
         for gva, row in zip(gvas, paging.translate(gvas, access, cpl), strict=True):
             result = paging.walk_result(gva, access, cpl)
-            assert paging.walk(gva, access, cpl) == (result.gpa if result.ok else -1)
+            assert paging.walk_for(gva, access, cpl) == (result.gpa if result.ok else -1)
             last = result.entries[-1] if result.entries else None
             assert (row["fault"], row["error_code"], row["gpa"], row["page_shift"]) == (
                 result.fault, result.error_code, result.gpa, result.page_shift,

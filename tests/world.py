@@ -190,7 +190,7 @@ class World(Machine):
             return (km.Outcome.GP,)
         if walk.fault is Fault.PF:
             return km.Outcome.PF, walk.error_code, walk.gva
-        paging.walk(gva, kind, cpl, ac=regs.ac, set_ad=True)
+        paging.walk_for(gva, kind, cpl, ac=regs.ac, set_ad=True)
         slot = self.vm.memslots.at(walk.gpa)
         if slot is None or (kind == "w" and slot.readonly):
             if kind == "x":

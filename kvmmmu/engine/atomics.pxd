@@ -40,10 +40,11 @@ cdef extern from "kvmmmu/lock.h" nogil:
         LINE_GUEST "KVMMMU_LINE_GUEST"
         LINE_READING "KVMMMU_LINE_READING"
         LINE_LOCKED "KVMMMU_LINE_LOCKED"
+        LINE_GUEST "KVMMMU_LINE_GUEST"
         LINE_SLOTS "KVMMMU_LINE_SLOTS"
         LINE_BUSY "KVMMMU_LINE_BUSY"
     void cpu_pause "kvmmmu_pause"(unsigned spins)
-    bint line_claim "kvmmmu_line_claim"(kvmmmu_line *line)
+    bint line_claim "kvmmmu_line_claim"(kvmmmu_line *line, uint64_t flags)
     void line_release "kvmmmu_line_release"(kvmmmu_line *line)
     void user_begin "kvmmmu_user_begin"(kvmmmu_line *line)
     void user_end "kvmmmu_user_end"(kvmmmu_line *line)

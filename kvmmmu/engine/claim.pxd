@@ -5,8 +5,10 @@ A claim exchanges the vCPU's line, then reads the VM's word; closing exchanges t
 reads the lines.  So at least one of two that meet sees the other, with or without a GIL.
 """
 
+from libc.stdint cimport uint64_t
 from kvmmmu.engine.atomics cimport (
-    LINE_BUSY, full_barrier, ld_acquire_u32, ld_acquire_u64, line_claim, line_release, st_release_u32, xchg_u32,
+    LINE_BUSY, LINE_GUEST, full_barrier, guest_exit, ld_acquire_u32, ld_acquire_u64, line_claim, line_release,
+    st_release_u32, xchg_u32,
 )
 from kvmmmu.engine.state cimport Vcpu, Vm
 
@@ -16,13 +18,28 @@ cdef enum:
     CLAIM_CLOSED = 2
 
 
-cdef inline int vcpu_claim(Vcpu *vcpu) noexcept nogil:
-    if not line_claim(vcpu.line):
+cdef inline int claim_as(Vcpu *vcpu, uint64_t flags) noexcept nogil:
+    if not line_claim(vcpu.line, flags):
         return CLAIM_BUSY
     if ld_acquire_u32(&vcpu.vm.closed):
         line_release(vcpu.line)
         return CLAIM_CLOSED
     return CLAIM_OK
+
+
+cdef inline int vcpu_claim(Vcpu *vcpu) noexcept nogil:
+    return claim_as(vcpu, 0)
+
+
+cdef inline int vcpu_claim_enter(Vcpu *vcpu) noexcept nogil:
+    """A claim that is the VM entry too: one exchange says both.
+
+    Requests are read after it, as after every entry (``roots.vcpu_enter``); without a root nothing was entered.
+    """
+    cdef int claim = claim_as(vcpu, LINE_GUEST)
+    if claim == CLAIM_OK and vcpu.root.page == 0:
+        guest_exit(vcpu.line)
+    return claim
 
 
 cdef inline void vcpu_release(Vcpu *vcpu) noexcept nogil:

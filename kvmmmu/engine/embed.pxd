@@ -10,7 +10,7 @@ from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs, Paging
 from kvmmmu.engine.batch cimport translate_many
-from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_release
+from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_claim_enter, vcpu_release
 from kvmmmu.engine.registers cimport REG_OK, load_cr3, set_sregs
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport Access, MemMap, OUTCOME_OK, Translation, Vcpu
@@ -68,7 +68,9 @@ cdef inline bint cpl_legal(int cpl) noexcept nogil:
 
 
 cdef inline int embed_claim(Vcpu *vcpu) noexcept nogil:
-    cdef int claim = vcpu_claim(vcpu)
+    return embed_claimed(vcpu_claim(vcpu))
+
+cdef inline int embed_claimed(int claim) noexcept nogil:
     if claim == CLAIM_OK:
         return KVMMMU_OK
     return KVMMMU_E_BUSY if claim == CLAIM_BUSY else KVMMMU_E_CLOSED
@@ -83,7 +85,7 @@ cdef inline int embed_access(Vcpu *vcpu, uint64_t gva, uint32_t how, uint32_t si
     if (vcpu == NULL or out == NULL or size - 1 >= KVMMMU_MAX_ACCESS or not cpl_legal(cpl)
             or not how_legal(how, KVMMMU_IMPLICIT)):
         return KVMMMU_E_ARGUMENT
-    status = embed_claim(vcpu)
+    status = embed_claimed(vcpu_claim_enter(vcpu))
     if status != KVMMMU_OK:
         return status
     own = vcpu.cpl

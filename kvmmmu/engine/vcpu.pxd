@@ -16,7 +16,7 @@ from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
-from kvmmmu.engine.leaf cimport RET_PF_EMULATE, RET_PF_RETRY
+from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.pages cimport spte_gfn
@@ -166,8 +166,6 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     trace_exit(vcpu, fault, address, code)
     if fault == FAULT_EPT_VIOLATION:
         code = ept_error_code(code)
-        if vcpu.vm.tdx:
-            return tdx_result(page_fault(vcpu, address, code))
     elif fault == FAULT_EPT_MISCONFIG:
         if vcpu.vectoring:
             return EXIT_DELIVERY_EV
@@ -179,11 +177,6 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     # Direct tables translate what faulted: the emulator may use it as it is.
     known_gpa[0] = address if vcpu.root_role & ROLE_DIRECT else ALL_ONES
     return page_fault(vcpu, address, code)
-
-
-cdef inline int tdx_result(int result) noexcept nogil:
-    """KVM cannot see a TDX guest's registers: instead of emulating it lets the guest try again, for a #VE."""
-    return RET_PF_RETRY if result == RET_PF_EMULATE else result
 
 
 cdef inline bint raises_ve(const Vcpu *vcpu) noexcept nogil:
@@ -265,7 +258,9 @@ cdef inline bint guest_own_fault(Vcpu *vcpu, int fault, uint64_t gva, Access *ou
     """A fault that reaches the guest without an exit."""
     if fault == FAULT_GP:
         out.outcome = OUTCOME_GP
-    elif fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
+    elif vcpu.vm.mmu == MMU_SHADOW:
+        return False
+    elif fault == FAULT_PF:
         out.outcome = OUTCOME_PF
         out.error_code = reported_code(vcpu, vcpu.walk.error_code)
     elif fault == FAULT_EPT_VIOLATION and raises_ve(vcpu):

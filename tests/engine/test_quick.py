@@ -83,11 +83,11 @@ def test_a_batch_is_walks_one_by_one(mode, host, tables, below, gvas, access, fl
                 gpa = (result.second or result).gpa
                 assert (row["gpa"], row["page_shift"]) == (gpa, result.page_shift)
                 # A walk that sets bits may set them in the tables it used: the next one may end elsewhere.
-                assert set_ad or single.walk(gva, access, cpl, ac=ac, implicit=implicit) == gpa
+                assert set_ad or single.walk_for(gva, access, cpl, ac=ac, implicit=implicit) == gpa
                 assert row["access"] == result.rights
                 assert (row["level"], row["entry"]) == (result.entries[-1].level, result.entries[-1].value)
             else:
-                assert set_ad or single.walk(gva, access, cpl, ac=ac, implicit=implicit) == -1
+                assert set_ad or single.walk_for(gva, access, cpl, ac=ac, implicit=implicit) == -1
         assert np.array_equal(once, again)
         # The same once more by the walk that single calls have to themselves.
         for gva, row in zip(gvas, single.translate(gvas), strict=True):

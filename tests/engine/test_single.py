@@ -2,11 +2,12 @@
 
 import inspect
 import pydoc
+from types import MethodDescriptorType
 
 import numpy as np
 import pytest
 
-from kvmmmu import GuestCpu, Paging
+from kvmmmu import GuestCpu, Paging, VCpu
 from kvmmmu.errors import ArgumentError
 from kvmmmu.outcome import Fault, Rights
 
@@ -50,8 +51,8 @@ def test_one_entry_without_a_right_takes_it_from_all() -> None:
     words[2, 0] = 1 << 12 | LINK | 1 << 63
     paging = Paging(**LONG, cr3=0x4000, cpu=GuestCpu(maxphyaddr=46), memory=words)
     assert paging.translate_one(0).rights is Rights.U
-    assert paging.walk(0, "w") == paging.walk(0, "x") == -1
-    assert paging.walk(0, "r", 3) == 0x5000
+    assert paging.walk_for(0, "w") == paging.walk_for(0, "x") == -1
+    assert paging.walk_for(0, "r", 3) == 0x5000
 
 
 def test_tables_in_several_areas_are_walked_all_the_same() -> None:
@@ -89,7 +90,17 @@ def test_what_is_no_address_is_refused_by_name(name: str) -> None:
 
 def test_help_and_signature_show_how_the_fast_methods_are_called() -> None:
     assert str(inspect.signature(Paging.translate_one)) == "(self, gva, /)"
-    assert list(inspect.signature(Paging.walk).parameters)[1:4] == ["gva", "access", "cpl"]
-    assert "cpl" in pydoc.render_doc(Paging.walk)
+    assert str(inspect.signature(Paging.walk)) == "(self, gva, /)"
+    assert list(inspect.signature(Paging.walk_for).parameters)[1:4] == ["gva", "access", "cpl"]
+    assert "cpl" in pydoc.render_doc(Paging.walk_for)
     with pytest.raises(ArgumentError, match="cpl is 4"):
-        Paging(**LONG, cr3=0x4000).walk(0, "r", 4)
+        Paging(**LONG, cr3=0x4000).walk_for(0, "r", 4)
+
+
+@pytest.mark.parametrize("method", [Paging.walk, Paging.walk_for, Paging.translate_one, VCpu.access])
+def test_a_fast_method_belongs_to_the_class_it_is_called_on(method: MethodDescriptorType) -> None:
+    # CPython's instruction for a call of a C method asks for exactly the class that the method was made for.
+    assert isinstance(method, MethodDescriptorType)
+    assert method.__objclass__ in (Paging, VCpu)
+    with pytest.raises(TypeError, match="doesn't apply"):
+        method(object(), 0)

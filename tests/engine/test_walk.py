@@ -35,41 +35,41 @@ def long_mode(memory, **kwargs):
 
 def test_a_read_sets_accessed_at_every_level_and_dirty_nowhere():
     memory = four_levels(0x5000 | P | W | U)
-    assert long_mode(memory).walk(0x123, "r", set_ad=True) == 0x5123
+    assert long_mode(memory).walk_for(0x123, "r", set_ad=True) == 0x5123
     assert [int(memory[t, 0]) & (A | D) for t in (1, 2, 3, 4)] == [A, A, A, A]
 
 
 def test_a_write_sets_dirty_in_the_leaf_alone():
     memory = four_levels(0x5000 | P | W | U)
-    long_mode(memory).walk(0, "w", set_ad=True)
+    long_mode(memory).walk_for(0, "w", set_ad=True)
     assert [int(memory[t, 0]) & (A | D) for t in (1, 2, 3, 4)] == [A, A, A, A | D]
 
 
 def test_a_supervisor_write_that_wp_0_permits_sets_dirty_in_a_read_only_leaf():
     memory = four_levels(0x5000 | P)
     paging = Paging(PG_PE, 0x1000, PAE, LONG | NXE, memory=memory)
-    assert paging.walk(0, "w", set_ad=True) == 0x5000
+    assert paging.walk_for(0, "w", set_ad=True) == 0x5000
     assert int(memory[4, 0]) == 0x5000 | P | A | D
 
 
 def test_a_refused_access_changes_nothing():
     memory = four_levels(0x5000 | P | U)
     before = memory.copy()
-    assert long_mode(memory).walk(0, "w", cpl=3, set_ad=True) == -1
+    assert long_mode(memory).walk_for(0, "w", cpl=3, set_ad=True) == -1
     assert (memory == before).all()
 
 
 def test_without_set_ad_memory_is_never_written():
     memory = four_levels(0x5000 | P | W | U)
     before = memory.copy()
-    assert long_mode(memory).walk(0, "w") == 0x5000
+    assert long_mode(memory).walk_for(0, "w") == 0x5000
     assert (memory == before).all()
 
 
 def test_read_only_memory_keeps_its_bits_and_the_access_goes_on():
     memory = four_levels(0x5000 | P | W | U)
     frozen = bytes(memory.tobytes())
-    assert long_mode(frozen).walk(0, "w", set_ad=True) == 0x5000
+    assert long_mode(frozen).walk_for(0, "w", set_ad=True) == 0x5000
     assert frozen == memory.tobytes()
 
 
@@ -77,7 +77,7 @@ def test_one_entry_used_at_every_level_ends_with_both_accessed_and_dirty():
     # The update at the top changes what the leaf's update compares with, so the walk must be done again.
     memory = pages(2)
     memory[1, 0] = 0x1000 | P | W | U
-    assert long_mode(memory).walk(8, "w", set_ad=True) == 0x1008
+    assert long_mode(memory).walk_for(8, "w", set_ad=True) == 0x1008
     assert int(memory[1, 0]) == 0x1000 | P | W | U | A | D
 
 
@@ -141,7 +141,7 @@ def test_compatibility_mode_and_32_bit_modes_cut_addresses_to_32_bits():
 
 def test_without_paging_every_access_is_allowed_and_nothing_is_mapped_by_tables():
     paging = Paging(1, 0, 0, 0)
-    assert paging.walk(0x1234, "w", cpl=3) == 0x1234
+    assert paging.walk_for(0x1234, "w", cpl=3) == 0x1234
     assert len(paging.mappings()) == 0
 
 
@@ -263,7 +263,7 @@ class TestTwoDimensions:
         result = self.over_ept(memory, self.EPT_AD).walk_result(0)
         assert (result.fault, result.error_code) == (Fault.EPT_VIOLATION, 0x8B)
         memory[12, 2] = 0x2000 | 0x37
-        self.over_ept(memory, self.EPT_AD).walk(0, set_ad=True)
+        self.over_ept(memory, self.EPT_AD).walk_for(0, "r", set_ad=True)
         assert int(memory[12, 2]) & 0x300 == 0x300  # A and D of the EPT entry
         assert int(memory[12, 5]) & 0x300 == 0x100  # the page itself was read
 
@@ -273,7 +273,7 @@ class TestTwoDimensions:
         result = self.over_ept(memory).walk_result(0, set_ad=True)
         assert (result.fault, result.error_code) == (Fault.EPT_VIOLATION, 0x8B)
         memory[2, 0] |= np.uint64(A)
-        assert self.over_ept(memory).walk(0, set_ad=True) == 0x5000
+        assert self.over_ept(memory).walk_for(0, "r", set_ad=True) == 0x5000
 
     def test_a_misconfigured_entry_is_found_while_walking_whatever_the_access(self):
         memory = self.build()

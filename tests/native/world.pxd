@@ -8,7 +8,7 @@ from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs
 from kvmmmu.engine.birth cimport BIRTH_OK, vcpu_birth, vm_birth, vm_bury
-from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim, vcpu_release
+from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim_enter, vcpu_release
 from kvmmmu.engine.region cimport vm_set_region
 from kvmmmu.engine.registers cimport set_sregs
 from kvmmmu.engine.roots cimport vm_teardown
@@ -187,10 +187,10 @@ cdef inline int world_end(World *w) noexcept nogil:
     return failures
 
 cdef inline Access world_access(Vcpu *vcpu, uint64_t gva, uint64_t access) noexcept nogil:
-    """One access of one byte, the vCPU claimed as by every door."""
+    """One access of one byte, the vCPU claimed as by the doors that make one."""
     cdef Access a
     memset(&a, 0, sizeof(a))
-    if vcpu_claim(vcpu) == CLAIM_OK:
+    if vcpu_claim_enter(vcpu) == CLAIM_OK:
         vcpu_access(vcpu, gva, access, 1, NULL, &a)
         vcpu_release(vcpu)
     return a

@@ -63,12 +63,13 @@ static inline int kvmmmu_line_count(const int *n)
 
 /* ---- the owner's side ---------------------------------------------------------------- */
 
-/* Take a vCPU that nobody runs.  0: somebody does. */
-static inline int kvmmmu_line_claim(struct kvmmmu_line *line)
+/* Take a vCPU that nobody runs, and be where ``flags`` say from then on.  0: somebody runs it. */
+static inline __attribute__((always_inline)) int kvmmmu_line_claim(struct kvmmmu_line *line, uint64_t flags)
 {
     uint64_t mode = kvmmmu_ld_u64(&line->mode);
 
-    if ((mode & KVMMMU_LINE_FLAGS) || !kvmmmu_cmpxchg_u64(&line->mode, mode, mode | KVMMMU_LINE_BUSY | KVMMMU_LINE_SLOTS))
+    flags |= KVMMMU_LINE_BUSY | KVMMMU_LINE_SLOTS;
+    if ((mode & KVMMMU_LINE_FLAGS) || !kvmmmu_cmpxchg_u64(&line->mode, mode, mode | flags))
         return 0;
 #if !defined(__x86_64__)
     KVMMMU_FENCE();
@@ -76,7 +77,7 @@ static inline int kvmmmu_line_claim(struct kvmmmu_line *line)
     return 1;
 }
 
-static inline void kvmmmu_line_release(struct kvmmmu_line *line)
+static inline __attribute__((always_inline)) void kvmmmu_line_release(struct kvmmmu_line *line)
 {
     kvmmmu_st_release_u64(&line->mode, (kvmmmu_ld_u64(&line->mode) & ~(uint64_t)KVMMMU_LINE_FLAGS) + KVMMMU_LINE_EPOCH);
 }
