@@ -5,8 +5,8 @@ import os
 
 # ---- sptes and constants
 cimport cython
-from libc.string cimport memset
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset, strcmp
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, spte_ad_kind_off,
                                spte_ad_need_write_protect, spte_dirty_mask, spte_executable, spte_is_last,
@@ -262,13 +262,10 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memset
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 
-from kvmmmu.bits.constants cimport PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE
 from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
     CpuModel, CpuRegs, FMT_NONE, FMT_PAE, Paging, eptp_valid, paging_init, paging_init_ept, paging_init_npt,
@@ -957,10 +954,7 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
                              PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
-from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
@@ -972,6 +966,7 @@ from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
+from kvmmmu.engine.many cimport access_many
 from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
                                      slots_generation, vm_slots)
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_write_lock, mmu_write_unlock
@@ -983,12 +978,12 @@ from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
 from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
-from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vm_teardown
+from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vcpu_set_smm, vm_teardown
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
 from kvmmmu.engine.tlblist cimport TLB_RECORD_WORDS, tlb_records
-from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+from kvmmmu.engine.vcpu cimport vcpu_access
 
 import numpy as np
 
@@ -1675,16 +1670,22 @@ cdef class VcpuCore(VcpuHandle):
     # -- registers
 
     def registers(self):
-        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs."""
+        """cr0, cr3, cr4, efer, pkru, cpl, ac, compat, the four PDPTEs, smm."""
         cdef Vcpu *v = self.vcpu
         return (v.regs.cr0, v.regs.cr3, v.regs.cr4, v.regs.efer, v.regs.pkru, v.cpl, bool(v.ac), bool(v.regs.compat),
-                tuple([v.regs.pdptr[i] for i in range(4)]))
+                tuple([v.regs.pdptr[i] for i in range(4)]), bool(v.smm))
 
     def set_mode(self, int cpl, bint ac):
         in_range(cpl, "cpl", 0, 3)
         self.claim()
         self.vcpu.cpl = cpl
         self.vcpu.ac = ac
+        self.release()
+
+    def set_smm(self, bint on):
+        """Enter or leave system management mode."""
+        self.claim()
+        vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
@@ -2075,7 +2076,6 @@ cdef int store_value(uint8_t *data, object value, int size) except -1:
 
 # ---- trees: a copy of the tables KVM built
 
-from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.trees cimport TreePage, tree_copy, tree_list
 
 TREE_PAGE_DTYPE = np.dtype(
@@ -2126,8 +2126,6 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stddef cimport size_t
-from libc.string cimport strcmp
 from kvmmmu.engine.embed cimport (
     Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
     embed_set_sregs, embed_status_text, embed_sync_roots, embed_translate,

@@ -22,6 +22,7 @@ class Registers:
     ac: bool
     compat: bool
     pdptes: tuple[int, int, int, int]
+    smm: bool
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,20 @@ class VCpu(RecordedRuns, TranslationCaches):
     def ac(self, value: bool) -> None:
         self.set_mode(self.regs.cpl, bool(value))
 
+    @property
+    def smm(self) -> bool:
+        """System management mode: memory is what the slots of address space 1 say (``memslots.create(as_id=1)``).
+
+        Setting it drops every root and resets the context, as in KVM; registers stay, whoever enters SMM sets them.
+        Raises ArgumentError in guest mode.
+        """
+        return self.regs.smm
+
+    @smm.setter
+    def smm(self, value: bool) -> None:
+        self._check_l1("smm")
+        self.set_smm(bool(value))
+
     def set_sregs(
         self,
         *,

@@ -109,6 +109,9 @@ RUNS = [
         "-DNO_FREEZE",
         "-DPLAIN_STORE",
         "-DOVERWRITE_REMOVED",
+        "-DREAD_AGAIN",
+        "-DREMOVED_TAKEN",
+        "-DPASS_STORES",
         holds=False,
     ),
 ]

@@ -4,15 +4,17 @@
  * taken down is REMOVED and belongs to whoever wrote that: nobody installs there, and a table freed
  * is not used again before everyone who may hold it has left.
  *
- * Bounds: two faults (of 4 KiB or 2 MiB, three attempts each), one thread that zaps an entry, one
- * lockless walk, two levels, three pages.  Every step here is one locked instruction, so memory is
- * sequentially consistent.
+ * Bounds: two faults (of 4 KiB or 2 MiB, two or three attempts each), one pass over the slot (collapse,
+ * split, or the zap of an entry inside a table that others may take down), one lockless walk, two levels,
+ * three pages.  Every step here is one locked instruction, so memory is sequentially consistent.
  *
  * Claims: no entry of a free table is read or written; a table is freed with every entry REMOVED;
  * only the owner replaces REMOVED; at the end the counts of pages are those of the leaves.
  *
  * Controls: NO_GRACE, NO_FREEZE, PLAIN_STORE, OVERWRITE_REMOVED, WALKERS_ONLY (the freer waits for
- * lockless walks and not for faults).
+ * lockless walks and not for faults), READ_AGAIN (a fault decides by a second read of its entry),
+ * REMOVED_TAKEN (a table goes without waiting for the owner of a REMOVED entry in it), PASS_STORES
+ * (the pass splits by a plain store).
  */
 #ifndef TRIES
 #define TRIES 2
@@ -24,6 +26,7 @@
 #define OVERWRITES false
 #endif
 
+#define REMOVED_IN(p) (leaf[p] == REMOVED)
 #define HUGE 8
 #define LEAF 5
 #define REMOVED 9
@@ -35,7 +38,7 @@ byte owner;           /* who wrote REMOVED into the upper table, plus one */
 bool alive[3];
 bool doomed[3];
 byte waits[3];
-byte inside;          /* who may hold a table: bits 0, 1 the faults, 2 the zapper, 3 the walk */
+byte inside;          /* who may hold a table: bits 0, 1 the faults, 2 the pass, 3 the walk */
 byte small, huge;     /* pages_4k, pages_2m */
 byte over;
 
@@ -55,7 +58,13 @@ inline leave(who) {
 
 inline teardown(p) {
     /* engine: tdp_teardown, tdp_changed, xchg_u64 */
+    /* engine: tdp_claim */
+#ifdef REMOVED_TAKEN
     d_step {
+#else
+    d_step {
+        !REMOVED_IN(p) ->
+#endif
         assert(alive[p]);
         if
         :: leaf[p] == LEAF -> small--
@@ -154,6 +163,9 @@ proctype Fault(byte who) {
 #endif
         :: want_huge && (seen != REMOVED || OVERWRITES) ->
             /* engine: tdp_install, tdp_set */
+#ifdef READ_AGAIN
+            seen = entry;
+#endif
             if
             :: seen == HUGE
             :: else ->
@@ -236,18 +248,84 @@ proctype Fault(byte who) {
     over++
 }
 
-proctype Zapper() {
-    byte seen;
+/* Until the entry is none of the pass' business: a failed exchange is looked at again. */
+proctype Pass() {
+    byte seen, p;
     bool ok;
     enter(2);
-    /* engine: tdp_collapse_range */
-    seen = entry;
     if
-    :: seen == 1 || seen == 2 || seen == HUGE -> zap_entry(2, seen)
-    :: else
+    :: do
+       /* engine: tdp_collapse_range, may_collapse */
+       :: seen = entry;
+          if
+          :: seen == 1 || seen == 2 -> zap_entry(2, seen)
+          :: else -> break
+          fi;
+          if
+          :: ok -> break
+          :: else
+          fi
+       od
+    :: do
+       /* engine: tdp_split_range, tdp_split_entry */
+       :: seen = entry;
+          if
+          :: seen == HUGE ->
+              d_step {
+                  if
+                  :: !alive[1] -> p = 1; alive[1] = true; leaf[1] = LEAF
+                  :: alive[1] && !alive[2] -> p = 2; alive[2] = true; leaf[2] = LEAF
+                  :: else -> p = 0
+                  fi
+              };
+              if
+              :: p == 0 -> break
+              :: else
+              fi;
+              atomic {
+                  if
+#ifdef PASS_STORES
+                  :: true ->
+#else
+                  :: entry == HUGE ->
+#endif
+                      entry = p; huge--; small++; ok = true;
+                      printf("2: table %d translates as the huge leaf did (tdp_split_entry)\n", p)
+#ifndef PASS_STORES
+                  :: else -> alive[p] = false; leaf[p] = 0        /* engine: page_free */
+#endif
+                  fi
+              }
+          :: else -> break
+          fi;
+          if
+          :: ok -> break
+          :: else
+          fi
+       od
+    :: seen = entry;
+       if
+       :: seen == 1 || seen == 2 ->
+           /* The table stands for one between, its entry for a link or a huge leaf. */
+           /* engine: tdp_zap_entry */
+           d_step {
+               assert(alive[seen]);
+               if
+               :: leaf[seen] == LEAF -> leaf[seen] = REMOVED; small--; ok = true;
+                  printf("2: the entry in table %d becomes REMOVED (tdp_zap_entry)\n", seen)
+               :: else
+               fi
+           };
+           if
+           :: ok -> d_step { assert(alive[seen] && leaf[seen] == REMOVED); leaf[seen] = 0;
+                             printf("2: the entry in table %d is empty (tdp_zap_entry)\n", seen) }
+           :: else
+           fi
+       :: else
+       fi
     fi;
     leave(2);
-    atomic { seen = 0; ok = false };
+    atomic { seen = 0; p = 0; ok = false };
     over++
 }
 
@@ -276,7 +354,7 @@ init {
         fi;
         run Fault(0);
         run Fault(1);
-        run Zapper();
+        run Pass();
         run Walk()
     };
     over == 4 && !doomed[1] && !doomed[2];

@@ -127,6 +127,39 @@ def test_batches_beside_slots_that_move_and_logs_that_are_collected(crowd: Crowd
     together(guests, host)
 
 
+def test_vcpus_enter_and_leave_smm_while_slots_of_both_address_spaces_change(crowd: Crowd) -> None:
+    done = threading.Event()
+    memory = np.zeros(PAGES * 4096, np.uint8)
+    slots = crowd.vm.memslots
+    both = [crowd.slot, slots.create(gpa=0, memory=crowd.ram, as_id=1)]
+
+    def guest(vcpu: km.VCpu, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for turn in range(60):
+            vcpu.smm = bool((turn + seed) & 1)
+            for where, page, kind in rng.integers(0, (3, PAGES, 2), (20, 3)).tolist():
+                gva = (GVA, EXTRA_GVA, MMIO_GVA)[where] + page * 4096
+                result = vcpu.access(gva, "rw"[kind])
+                assert legal(gva, result.outcome, result.gpa), (hex(gva), result)
+
+    def host() -> None:
+        while not done.is_set():
+            extra = [slots.create(gpa=EXTRA, memory=memory, as_id=as_id) for as_id in (0, 1)]
+            for on in (True, False):
+                for slot in both:
+                    slots.set_flags(slot, log_dirty=on)
+            for slot in extra:
+                slots.delete(slot)
+
+    def guests() -> None:
+        try:
+            together(*(lambda vcpu=vcpu, n=n: guest(vcpu, n) for n, vcpu in enumerate(crowd.vcpus)))
+        finally:
+            done.set()
+
+    together(guests, host)
+
+
 def test_each_vcpu_reads_back_what_it_stored_while_others_fault(crowd: Crowd) -> None:
     def guest(vcpu: km.VCpu, n: int) -> None:
         for value in range(300):

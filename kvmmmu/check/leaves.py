@@ -15,6 +15,7 @@ from kvmmmu.errors import Violation
 _GENERATION_MASK = (1 << 19) - 1
 _IN_PROGRESS = 1 << 63
 _RENEWED = "a sync renews the mmio sptes of a page without looking for a slot"
+_OTHER_SPACE = "the record goes by the generation of address space 0, whatever the vCPU's own"
 
 
 def _leaves(s: Snapshot) -> list[tuple[int, int]]:
@@ -146,7 +147,7 @@ def generation(s: Snapshot) -> Iterator[Violation]:
         fresh = s.mmio_scheme == MMIO_GENERATION and vcpu.mmio_generation == s.spaces[0].generation
         if fresh and vcpu.mmio_gfn and s.spaces[vcpu.as_id].at(vcpu.mmio_gfn) is not None:
             found = f"its MMIO record is current, but gfn {vcpu.mmio_gfn:#x} has a slot"
-            hole = "" if vcpu.root_role & Role.DIRECT else _RENEWED
+            hole = _OTHER_SPACE if vcpu.as_id else "" if vcpu.root_role & Role.DIRECT else _RENEWED
             yield Violation(name, f"vCPU {vcpu.id}", found, hole)
 
 

@@ -9,13 +9,13 @@ from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, gfn_to_rmap, level_pages
 from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_at, spte_page
+from kvmmmu.engine.passes cimport PASS_COLLAPSE, PASS_PROTECT, PASS_SPLIT, tdp_each_root, tdp_slot_pass
 from kvmmmu.engine.pfns cimport max_mapping_level
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next
 from kvmmmu.engine.sptes cimport spte_drop, spte_read, spte_write_protect
 from kvmmmu.engine.state cimport (
     ERR_INVAL, ERR_NOENT, ERR_NONE, MAX_SLOT_ID, ShadowPage, Slot, Vm,
 )
-from kvmmmu.engine.tdp cimport tdp_collapse_range, tdp_split_range, tdp_wrprot_range
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 from kvmmmu.engine.track cimport write_protect_gfn
 
@@ -35,33 +35,21 @@ cdef inline bint rmap_wrprot(Vm *vm, Slot *slot, uint64_t gfn, int level) noexce
     return any
 
 
-cdef inline void tdp_each_root(Vm *vm, Slot *slot, int what, uint64_t first, uint64_t end,
-                               uint64_t mask) noexcept nogil:
-    """Run a pass over the slot's part of every valid tree: 0 protect, 1 split, 2 collapse."""
-    cdef int32_t id = vm.tdp_roots
-    while id:
-        if role_as_id(page_at(vm, id).role) == <int>slot.as_id and not page_at(vm, id).role & ROLE_INVALID:
-            if what == 0:
-                tdp_wrprot_range(vm, id, first, end, mask, LEVEL_4K)
-            elif what == 1:
-                tdp_split_range(vm, id, first, end)
-            else:
-                tdp_collapse_range(vm, id, slot, first, end)
-        id = page_at(vm, id).list_next
-
-
 cdef inline void slot_protect(Vm *vm, Slot *slot) noexcept nogil:
     """Every page of the slot must fault at its next write."""
     cdef uint64_t gfn, pages
     cdef int level
     if vm.rmaps:
+        mmu_write_lock(vm)
         for level in range(LEVEL_4K, LEVEL_1G + 1):
             pages = level_pages(level)
             gfn = slot.base_gfn
             while gfn < slot.base_gfn + slot.npages:
                 rmap_wrprot(vm, slot, gfn, level)
                 gfn = (gfn | (pages - 1)) + 1
-    tdp_each_root(vm, slot, 0, slot.base_gfn, slot.base_gfn + slot.npages, 0)
+        mmu_write_unlock(vm)
+    else:
+        tdp_slot_pass(vm, slot, PASS_PROTECT)
 
 
 cdef inline bint rmap_zap_collapsible(Vm *vm, Slot *slot, uint64_t gfn, int level) noexcept nogil:
@@ -87,16 +75,19 @@ cdef inline void slot_collapse(Vm *vm, Slot *slot) noexcept nogil:
     cdef uint64_t gfn, pages
     cdef int level
     cdef bint flush = False
-    if vm.rmaps:
-        for level in range(LEVEL_4K, LEVEL_1G):
-            pages = level_pages(level)
-            gfn = slot.base_gfn
-            while gfn < slot.base_gfn + slot.npages:
-                flush |= rmap_zap_collapsible(vm, slot, gfn, level)
-                gfn = (gfn | (pages - 1)) + 1
+    if not vm.rmaps:
+        tdp_slot_pass(vm, slot, PASS_COLLAPSE)
+        return
+    mmu_write_lock(vm)
+    for level in range(LEVEL_4K, LEVEL_1G):
+        pages = level_pages(level)
+        gfn = slot.base_gfn
+        while gfn < slot.base_gfn + slot.npages:
+            flush |= rmap_zap_collapsible(vm, slot, gfn, level)
+            gfn = (gfn | (pages - 1)) + 1
     if flush:
         flush_remote_tlbs(vm)
-    tdp_each_root(vm, slot, 2, slot.base_gfn, slot.base_gfn + slot.npages, 0)
+    mmu_write_unlock(vm)
 
 
 cdef inline void protect_pages_of(Vm *vm, Slot *slot) noexcept nogil:
@@ -137,17 +128,17 @@ cdef inline void slot_logging_changed(Vm *vm, Slot *slot, uint32_t old_flags) no
     cdef bint is_ = (slot.flags & MEM_LOG_DIRTY_PAGES) != 0
     if was == is_ or slot.flags & MEM_READONLY:
         return
-    mmu_write_lock(vm)
     if vm.switches.era & ERA_LOG_WHOLE_SLOT:
+        mmu_write_lock(vm)
         protect_pages_of(vm, slot)
+        mmu_write_unlock(vm)
     elif not is_:
         slot_collapse(vm, slot)
     elif not vm.switches.manual_protect & INITIALLY_SET:
-        if vm.switches.eager_split:
-            tdp_each_root(vm, slot, 1, slot.base_gfn, slot.base_gfn + slot.npages, 0)
+        if vm.switches.eager_split and not vm.rmaps:
+            tdp_slot_pass(vm, slot, PASS_SPLIT)
         slot_protect(vm, slot)
         flush_remote_tlbs(vm)
-    mmu_write_unlock(vm)
 
 
 cdef inline void protect_masked(Vm *vm, Slot *slot, uint64_t first, uint64_t mask) noexcept nogil:
@@ -159,11 +150,11 @@ cdef inline void protect_masked(Vm *vm, Slot *slot, uint64_t first, uint64_t mas
         start = gfn + <uint64_t>lowest_bit(mask)
         end = gfn + <uint64_t>highest_bit(mask)
         if vm.switches.eager_split:
-            tdp_each_root(vm, slot, 1, start, end + 1, 0)
+            tdp_each_root(vm, slot, PASS_SPLIT, start, end + 1, 0, False)
         write_protect_gfn(vm, slot, start, LEVEL_2M)
         if start >> 9 != end >> 9:
             write_protect_gfn(vm, slot, end, LEVEL_2M)
-    tdp_each_root(vm, slot, 0, gfn, gfn + 64, mask)
+    tdp_each_root(vm, slot, PASS_PROTECT, gfn, gfn + 64, mask, False)
     if vm.rmaps:
         for i in range(64):
             if (mask >> i) & 1:

@@ -11,7 +11,7 @@ from kvmmmu.bits.spte cimport (
     spte_acc_tracked, spte_child, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present,
     spte_writable,
 )
-from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32, ld_acquire_u64, ld_u32
+from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32, ld_acquire_u64
 from kvmmmu.engine.events cimport (
     ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio,
 )
@@ -267,11 +267,7 @@ cdef inline int direct_page_fault(Vcpu *vcpu, Fault *f) noexcept nogil:
         hook(vcpu, POINT_FAULT_LOCKED)
         ret = RET_PF_RETRY if fault_stale(vcpu, f) else tdp_map(vcpu, f)
         mmu_read_unlock(vcpu)
-        if ld_u32(&vm.arena.doomed):
-            # Other faults may still be in what this one took down.
-            mmu_write_lock(vm)
-            tdp_reap(vm)
-            mmu_write_unlock(vm)
+        tdp_reap(vm)
         return ret
     mmu_write_lock(vm)
     hook(vcpu, POINT_FAULT_LOCKED)
@@ -403,4 +399,5 @@ cdef inline int page_fault(Vcpu *vcpu, uint64_t address, uint64_t error_code) no
         unprotect_gfn(vm, vcpu.id, address >> 12)
         mmu_write_unlock(vm)
         return RET_PF_RETRY
-    return RET_PF_EMULATE
+    # KVM sees no register of a TDX guest, who tries again instead, for a #VE.
+    return RET_PF_RETRY if vm.tdx else RET_PF_EMULATE

@@ -2,7 +2,7 @@
 """mmu_lock, the vCPU's line and requests, by the names the engine uses."""
 
 from libc.stdint cimport uint32_t
-from kvmmmu.engine.atomics cimport fetch_and_u32, fetch_or_u32, guest_exit, in_guest, ld_acquire_u32
+from kvmmmu.engine.atomics cimport fetch_and_u32, fetch_or_u32, guest_exit, in_guest, ld_acquire_u32, ld_u32
 from kvmmmu.engine.state cimport Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock
 
 cdef extern from "kvmmmu/lock.h" nogil:
@@ -34,6 +34,10 @@ cdef inline void vm_read_lock(Vm *vm) noexcept nogil:
 
 cdef inline void vm_read_unlock(Vm *vm) noexcept nogil:
     kvmmmu_read_unlock(vm.lines[0])
+
+cdef inline bint mmu_write_wanted(const Vm *vm) noexcept nogil:
+    """Somebody waits for mmu_lock for write; asked by who holds it for read (``rwlock_needbreak``)."""
+    return ld_u32(&vm.mmu_lock.writer) != 0
 
 cdef inline void readers_drain(Vm *vm) noexcept nogil:
     """Wait for walkers, the processor's and KVM's, that began before; the caller is none of them."""

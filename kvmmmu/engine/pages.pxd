@@ -230,7 +230,7 @@ cdef inline void page_free(Vm *vm, int32_t id) noexcept nogil:
 
 
 cdef inline void cache_fill(Vcpu *vcpu, int n) noexcept nogil:
-    """Take up to ``n`` free pages (at most PAGE_CACHE) before mmu_lock: under it for read nobody touches the arena."""
+    """Take up to ``n`` free pages (at most PAGE_CACHE) before mmu_lock: under it no fault touches the arena."""
     cdef int32_t id
     while vcpu.n_free_pages < n:
         id = page_take(vcpu.vm)

@@ -382,9 +382,16 @@ cdef inline bint vcpu_set_guest_mode(Vcpu *vcpu, bint on, uint64_t ncr3) noexcep
     context_reset(vcpu)
     return True
 
+cdef inline void vcpu_set_smm(Vcpu *vcpu, bint on) noexcept nogil:
+    """Enter or leave SMM: memory is what the slots of the other address space say (``kvm_smm_changed``)."""
+    if vcpu.smm != on:
+        vcpu.smm = on
+        context_reset(vcpu)
+
 cdef inline void vcpu_init(Vcpu *vcpu) noexcept nogil:
     """INIT: SVM's answer to a guest that shut down; every root goes."""
     vcpu.guest_mode = 0
+    vcpu.smm = 0
     vcpu.regs.cr0 = CR0_CD | CR0_NW
     vcpu.regs.cr3 = 0
     vcpu.regs.cr4 = 0

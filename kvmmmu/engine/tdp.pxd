@@ -8,13 +8,15 @@ whoever wrote that.  Pages freed here wait for readers, without a flush request.
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
-from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_is_mmio, spte_make_nonleaf, spte_present, spte_writable
-from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
+from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, cpu_pause, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
 from kvmmmu.engine.events cimport (
-    ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_split_huge_page, ev_spte_requested,
-    ev_tdp_spte_changed,
+    ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,
 )
-from kvmmmu.engine.hooks cimport POINT_TDP_REMOVED, POINT_TDP_SET, hook
+from kvmmmu.engine.hooks cimport (
+    MUTANT_NO_GRACE, MUTANT_REMOVED_TAKEN, MUTANT_SECOND_READ, POINT_REMOVED_WAIT, POINT_TDP_INSTALL,
+    POINT_TDP_REMOVED, POINT_TDP_SET, hook, mutant,
+)
 from kvmmmu.engine.leaf cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_make, vcpu_generation,
 )
@@ -22,16 +24,14 @@ from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock, readers_drain
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.nxpages cimport nx_disallow, nx_forget
 from kvmmmu.engine.pages cimport (
-    cache_alloc, cache_return, level_index, page_alloc, page_at, page_fill, page_free, page_invalidate, page_sptes,
+    cache_alloc, cache_return, level_index, page_alloc, page_at, page_fill, page_free, page_invalidate,
     role_as_id, role_level, role_with_level,
     spte_at, spte_gfn, spte_page,
 )
-from kvmmmu.engine.pfns cimport max_mapping_level
 from kvmmmu.engine.shadow cimport adjust_huge_page, adjust_nx_level
 from kvmmmu.engine.sptes cimport page_stats, spte_read, spte_write
 from kvmmmu.engine.state cimport (
-    ERR_NOSPC, Fault, LIST_INVALID, LIST_NONE, ShadowPage, Slot,
-    VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
+    ERR_NOSPC, Fault, LIST_INVALID, ShadowPage, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs
 
@@ -57,6 +57,20 @@ cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_
         tdp_teardown(vm, spte_child(old), shared, doomed)
 
 
+cdef inline uint64_t tdp_claim(Vm *vm, uint64_t *sptep) noexcept nogil:
+    """REMOVED for good.  Whoever had written that before will store the empty entry yet: it is waited for.
+
+    It waits for walkers alone, so this ends.
+    """
+    cdef uint64_t removed = vm.masks.removed, old = xchg_u64(sptep, removed)
+    cdef unsigned spins = 0
+    while old == removed and not mutant(vm, MUTANT_REMOVED_TAKEN):
+        hook(vm, POINT_REMOVED_WAIT)
+        cpu_pause(spins)
+        spins += 1
+        old = xchg_u64(sptep, removed)
+    return old
+
 cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) noexcept nogil:
     """Every entry becomes REMOVED, so that nobody installs into a table that goes.
 
@@ -72,7 +86,7 @@ cdef inline void tdp_teardown(Vm *vm, int32_t id, bint shared, int32_t *doomed) 
     for i in range(ENTRIES):
         sptep = spte_at(vm, base + <uint64_t>i)
         if shared:
-            old = xchg_u64(sptep, removed)
+            old = tdp_claim(vm, sptep)
         else:
             old = spte_read(sptep)
             if not spte_present(old):
@@ -106,6 +120,9 @@ cdef inline void tdp_defer(Vm *vm, int32_t doomed) noexcept nogil:
     cdef uint32_t head
     if doomed == 0:
         return
+    if mutant(vm, MUTANT_NO_GRACE):
+        tdp_free(vm, doomed)
+        return
     while page_at(vm, last).list_next:
         last = page_at(vm, last).list_next
     while True:
@@ -115,8 +132,11 @@ cdef inline void tdp_defer(Vm *vm, int32_t doomed) noexcept nogil:
             return
 
 cdef inline void tdp_reap(Vm *vm) noexcept nogil:
-    """Under mmu_lock for write: nobody faults."""
-    tdp_free(vm, <int32_t>xchg_u32(&vm.arena.doomed, 0))
+    """After the read side of mmu_lock was given up: free what was taken down, once nobody is in it."""
+    if ld_u32(&vm.arena.doomed):
+        mmu_write_lock(vm)
+        tdp_free(vm, <int32_t>xchg_u32(&vm.arena.doomed, 0))
+        mmu_write_unlock(vm)
 
 
 cdef inline bint tdp_set(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, int32_t *doomed) noexcept nogil:
@@ -151,13 +171,17 @@ cdef inline int32_t tdp_page_new(Vm *vm, int32_t id, int vcpu_id, uint64_t gfn, 
     return id
 
 
-cdef inline int tdp_install(Vcpu *vcpu, Fault *f, uint64_t index, uint64_t gfn, int32_t *doomed) noexcept nogil:
+cdef inline int tdp_install(Vcpu *vcpu, Fault *f, uint64_t index, uint64_t old, uint64_t gfn,
+                            int32_t *doomed) noexcept nogil:
+    """``old`` is the entry as it was found not to be REMOVED: read again, it might be by now."""
     cdef Vm *vm = vcpu.vm
     cdef ShadowPage *sp = page_at(vm, spte_page(index))
-    cdef uint64_t old = spte_read(spte_at(vm, index))
     cdef uint64_t new_ = 0
     cdef bint refused = False
     cdef int level = role_level(sp.role), ret = RET_PF_FIXED
+    hook(vm, POINT_TDP_INSTALL)
+    if mutant(vm, MUTANT_SECOND_READ):
+        old = spte_read(spte_at(vm, index))
     if f.slot == NULL:
         new_ = mmio_spte_make(&vm.masks, gfn, ACC_ALL, vcpu_generation(vcpu))
     else:
@@ -221,7 +245,7 @@ cdef inline int tdp_map(Vcpu *vcpu, Fault *f) noexcept nogil:
             child = spte_child(spte)
         table = child
         level -= 1
-    ret = tdp_install(vcpu, f, index, f.gfn & ~(level_pages(level) - 1), &doomed)
+    ret = tdp_install(vcpu, f, index, spte, f.gfn & ~(level_pages(level) - 1), &doomed)
     tdp_defer(vm, doomed)
     return ret
 
@@ -401,98 +425,3 @@ cdef inline bint tdp_zap_gfns(Vm *vm, int as_id, uint64_t first, uint64_t end) n
             any |= tdp_zap_range(vm, id, first, end, &doomed)
         id = page_at(vm, id).list_next
     return any
-
-# ---- dirty logging ------------------------------------------------------------------
-
-cdef inline bint tdp_wrprot_range(Vm *vm, int32_t table, uint64_t first, uint64_t end, uint64_t mask,
-                                  int min_level) noexcept nogil:
-    """Clear W, and nothing else, of leaves of [first, end); ``mask`` picks pages of a 64-page window at ``first``."""
-    cdef uint64_t base = <uint64_t>table << 9
-    cdef int level = role_level(page_at(vm, table).role)
-    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
-    cdef int32_t doomed = 0
-    cdef bint any = False
-    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
-    gfn += <uint64_t>i * pages
-    while i <= last:
-        old = spte_read(spte_at(vm, base + <uint64_t>i))
-        if spte_present(old):
-            if not spte_is_last(old, level):
-                any |= tdp_wrprot_range(vm, spte_child(old), first, end, mask, min_level)
-            elif spte_writable(old) and level >= min_level:
-                if not mask or level == LEVEL_4K and gfn >= first and (mask >> (gfn - first)) & 1:
-                    # The lockless repair and the processor's A and D bits may get in between.
-                    while not tdp_set(vm, base + <uint64_t>i, old, old & ~PT_WRITABLE_MASK, &doomed):
-                        old = spte_read(spte_at(vm, base + <uint64_t>i))
-                    any = True
-        gfn += pages
-        i += 1
-    return any
-
-cdef inline uint64_t split_leaf(const Vm *vm, uint64_t huge, int level, int i) noexcept nogil:
-    """One of the 512 smaller leaves that translate as a huge one did."""
-    cdef uint64_t spte = huge + (<uint64_t>i << (12 + 9 * (level - 2)))
-    if level != LEVEL_2M:
-        return spte
-    spte &= ~PT_PAGE_SIZE_MASK
-    if vm.switches.nx_huge_pages:
-        # Only huge pages are made non-executable against the iTLB multihit flaw.
-        spte = (spte & ~vm.masks.nx) | vm.masks.x
-    return spte
-
-cdef inline void tdp_split_range(Vm *vm, int32_t table, uint64_t first, uint64_t end) noexcept nogil:
-    """Replace huge leaves of [first, end) by tables that translate the same, down to 4 KiB; no flush is owed."""
-    cdef uint64_t base = <uint64_t>table << 9
-    cdef int level = role_level(page_at(vm, table).role)
-    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
-    cdef int32_t child, doomed = 0
-    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end), j
-    if level == LEVEL_4K:
-        return
-    gfn += <uint64_t>i * pages
-    while i <= last:
-        old = spte_read(spte_at(vm, base + <uint64_t>i))
-        child = 0
-        if spte_present(old) and spte_is_last(old, level):
-            child = tdp_page_new(vm, page_alloc(vm), -1, gfn, role_with_level(page_at(vm, table).role, level - 1))
-            if child == 0:
-                return
-            while True:
-                for j in range(ENTRIES):
-                    spte_write(page_sptes(vm, child) + j, split_leaf(vm, old, level, j))
-                if tdp_set(vm, base + <uint64_t>i, old,
-                           spte_make_nonleaf(&vm.masks, <uint64_t>child, not vm.masks.ad_enabled), &doomed):
-                    break
-                # The lockless repair, or the processor's A and D bits, came in between.
-                old = spte_read(spte_at(vm, base + <uint64_t>i))
-            page_stats(vm, level - 1, ENTRIES)
-            ev_split_huge_page(vm, -1, gfn, old, level, 0)
-        elif spte_present(old):
-            child = spte_child(old)
-        if child:
-            tdp_split_range(vm, child, first, end)
-        gfn += pages
-        i += 1
-
-cdef inline void tdp_collapse_range(Vm *vm, int32_t table, const Slot *slot, uint64_t first,
-                                    uint64_t end) noexcept nogil:
-    """Zap tables whose whole block lies in the slot and could be one large page; the next fault makes it."""
-    cdef uint64_t base = <uint64_t>table << 9
-    cdef int level = role_level(page_at(vm, table).role)
-    cdef uint64_t gfn = page_at(vm, table).gfn, pages = level_pages(level), old
-    cdef int32_t doomed = 0
-    cdef int i = entry_first(gfn, level, first), last = entry_last(gfn, level, end)
-    if level == LEVEL_4K:
-        return
-    gfn += <uint64_t>i * pages
-    while i <= last:
-        old = spte_read(spte_at(vm, base + <uint64_t>i))
-        if spte_present(old) and not spte_is_last(old, level):
-            if (level <= LEVEL_1G and gfn >= first and gfn < end
-                    and max_mapping_level(vm, slot, gfn, LEVEL_1G) >= level):
-                tdp_zap_entry(vm, base + <uint64_t>i, old, &doomed)
-            else:
-                tdp_collapse_range(vm, spte_child(old), slot, first, end)
-        gfn += pages
-        i += 1
-    tdp_free(vm, doomed)

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """One vCPU at work: the processor tries, KVM repairs, until the access ends somewhere."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
@@ -16,7 +16,7 @@ from kvmmmu.engine.fault cimport FAULT_INJECT, page_fault
 from kvmmmu.engine.guest cimport guest_walk
 from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
-from kvmmmu.engine.leaf cimport RET_PF_EMULATE, RET_PF_RETRY
+from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
 from kvmmmu.engine.pages cimport spte_gfn
@@ -166,8 +166,6 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     trace_exit(vcpu, fault, address, code)
     if fault == FAULT_EPT_VIOLATION:
         code = ept_error_code(code)
-        if vcpu.vm.tdx:
-            return tdx_result(page_fault(vcpu, address, code))
     elif fault == FAULT_EPT_MISCONFIG:
         if vcpu.vectoring:
             return EXIT_DELIVERY_EV
@@ -179,11 +177,6 @@ cdef inline int handle_exit(Vcpu *vcpu, int fault, uint64_t gva, uint64_t *known
     # Direct tables translate what faulted: the emulator may use it as it is.
     known_gpa[0] = address if vcpu.root_role & ROLE_DIRECT else ALL_ONES
     return page_fault(vcpu, address, code)
-
-
-cdef inline int tdx_result(int result) noexcept nogil:
-    """KVM cannot see a TDX guest's registers: instead of emulating it lets the guest try again, for a #VE."""
-    return RET_PF_RETRY if result == RET_PF_EMULATE else result
 
 
 cdef inline bint raises_ve(const Vcpu *vcpu) noexcept nogil:
@@ -265,7 +258,9 @@ cdef inline bint guest_own_fault(Vcpu *vcpu, int fault, uint64_t gva, Access *ou
     """A fault that reaches the guest without an exit."""
     if fault == FAULT_GP:
         out.outcome = OUTCOME_GP
-    elif fault == FAULT_PF and vcpu.vm.mmu != MMU_SHADOW:
+    elif vcpu.vm.mmu == MMU_SHADOW:
+        return False
+    elif fault == FAULT_PF:
         out.outcome = OUTCOME_PF
         out.error_code = reported_code(vcpu, vcpu.walk.error_code)
     elif fault == FAULT_EPT_VIOLATION and raises_ve(vcpu):
@@ -366,17 +361,3 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
             out.path = PATH_EMULATED
             emulate_access(vcpu, gva, access, size, data, known_gpa, out)
             return
-
-
-cdef inline void access_many(Vcpu *vcpu, const uint64_t *gvas, const uint8_t *kinds, int64_t n, int size,
-                             Access *out) noexcept nogil:
-    """Accesses one after the other, the same answers as single calls; ``kinds``: 0 read, 1 write, 2 fetch."""
-    cdef int64_t i
-    cdef uint64_t access
-    for i in range(n):
-        access = 0
-        if kinds[i] == 1:
-            access = PFERR_WRITE
-        elif kinds[i] == 2:
-            access = PFERR_FETCH
-        vcpu_access(vcpu, gvas[i], access, size, NULL, &out[i])

@@ -9,6 +9,8 @@ from turns cimport *
 from world cimport *
 from cases_walk cimport *
 from cases_life cimport *
+from cases_pass cimport *
+from cases_batch cimport *
 
 ctypedef int (*case_fn)(World *) noexcept nogil
 
@@ -95,6 +97,22 @@ cdef void cases_list(Cases *c) noexcept nogil:
              MMU_SHADOW, False, MUTANT_NO_SYNC, 0)
     case_add(c, b"c33_collapse", c33_collapse, MMU_EPT, True, MUTANT_NO_DRAIN, 0)
     case_add(c, b"c34_generation_goes_round", c34_generation_goes_round, MMU_SHADOW, False, MUTANT_LATE_GENERATION, 0)
+    case_add(c, b"c35_bits_come_between", c35_bits_come_between, MMU_EPT, True, MUTANT_PASS_ONCE, 0)
+    case_add(c, b"c35_fault_takes_the_huge_leaf", c35_fault_takes_the_huge_leaf, MMU_EPT, True, 0, 0)
+    case_add(c, b"c36_pass_meets_removed", c36_pass_meets_removed, MMU_EPT, True, 0, 0)
+    case_add(c, b"c37_repair_by_the_old_slot", c37_repair_by_the_old_slot, MMU_EPT, True, MUTANT_NO_SYNC, 0)
+    case_add(c, b"c37_repair_by_the_new_slot", c37_repair_by_the_new_slot, MMU_EPT, True, 0, 0)
+    case_add(c, b"c38_fault_is_first", c38_fault_is_first, MMU_EPT, True, 0, 0)
+    case_add(c, b"c38_split_is_first", c38_split_is_first, MMU_EPT, True, 0, 0)
+    case_add(c, b"c38_bits_come_between", c38_bits_come_between, MMU_EPT, True, MUTANT_PASS_ONCE, 0)
+    case_add(c, b"c39_fault_in_the_table", c39_fault_in_the_table, MMU_EPT, True, MUTANT_NO_GRACE, 0)
+    case_add(c, b"c39_fault_over_the_table", c39_fault_over_the_table, MMU_EPT, True, MUTANT_SECOND_READ, 0)
+    case_add(c, b"c40_table_goes_around_a_removed_entry", c40_table_goes_around_a_removed_entry,
+             MMU_EPT, True, MUTANT_REMOVED_TAKEN, 0)
+    case_add(c, b"c41_writer_is_let_in", c41_writer_is_let_in, MMU_EPT, True, MUTANT_STALE_PATH, 0)
+    case_add(c, b"c42_batch_leaves_at_a_request", c42_batch_leaves_at_a_request,
+             MMU_SHADOW, False, MUTANT_DEAF_BATCH, 0)
+    case_add(c, b"c42_nested_batch_leaves", c42_batch_leaves_at_a_request, MMU_EPT, True, MUTANT_DEAF_BATCH, 0)
 
 
 cdef int case_run(const Case *it, bint points) noexcept nogil:

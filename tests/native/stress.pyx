@@ -18,14 +18,16 @@ from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport events_copy
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.many cimport access_many
 from kvmmmu.engine.notifier cimport slot_dontneed, unmap_hva_range
 from kvmmmu.engine.registers cimport load_cr3
-from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
+from kvmmmu.engine.recovery cimport nx_recover
+from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg, vcpu_set_smm
 from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.state cimport (
-    Access, Event, MMU_EPT, MMU_NPT, MMU_SHADOW, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, Slot, Vcpu, Vm,
+    Access, ERR_NONE, Event, MMU_EPT, MMU_NPT, MMU_SHADOW, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, Slot, Vcpu, Vm,
 )
-from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+from kvmmmu.engine.vcpu cimport vcpu_access
 from kvmmmu.engine.zap cimport set_max_pages
 from world cimport *
 
@@ -51,6 +53,8 @@ cdef enum:
     LARGE_GVA = 0x10a00000  # one 2 MiB page
     OWN_PAGE = 400         # of DATA: page 400 + n belongs to vCPU n, which checks what it stored
     VCPUS = 3
+    SMM = 1 << 16          # slots of the other address space
+    SMM_RAM = SMM | 10     # there too RAM is RAM
     BATCH = 64
     EVENTS = 4096
 
@@ -63,7 +67,8 @@ cdef struct Stress:
     uint64_t operations
     uint64_t planted
     int plant              # a fault for the sanitizer to find: 1 a race, 2 a use after free
-    uint32_t extra_lock    # of the buffer behind the slot that comes and goes
+    uint32_t extra_lock    # of the buffer behind the slots that come and go
+    int max_level          # of what the host backs: 2 has huge pages
 
 cdef struct Thread:
     Stress *s
@@ -121,6 +126,10 @@ cdef inline uint64_t any_gva(Thread *t) noexcept nogil:
         return LOOSE_GVA + page
     return LARGE_GVA + (dice(t, 512) << 12)
 
+cdef inline uint8_t any_kind(Thread *t, uint64_t gva) noexcept nogil:
+    """As ``access_many`` has them.  Only what is always memory can be fetched from."""
+    return <uint8_t>dice(t, 3 if gva < DATA_GVA + REGION or gva >= LARGE_GVA else 2)
+
 cdef inline void own_page(Thread *t, Vcpu *vcpu) noexcept nogil:
     """Store to a page of its own, or check what was stored last."""
     cdef Access a
@@ -167,19 +176,20 @@ cdef void *vcpu_main(void *arg) noexcept nogil:
     cdef uint64_t what
     cdef int i
     while going(t):
-        what = dice(t, 16)
+        what = dice(t, 17)
         if (vcpu_claim_enter(vcpu) if what < 6 else vcpu_claim(vcpu)) != CLAIM_OK:
             memset(all, 0, sizeof(Access))
             complain(t, b"nobody else claims this vCPU", 0, all)
             break
         if what < 6:
             gvas[0] = any_gva(t)
-            vcpu_access(vcpu, gvas[0], PFERR_WRITE if dice(t, 2) else 0, 1, NULL, all)
+            kinds[0] = any_kind(t, gvas[0])
+            vcpu_access(vcpu, gvas[0], PFERR_WRITE if kinds[0] == 1 else PFERR_FETCH if kinds[0] else 0, 1, NULL, all)
             judge(t, gvas[0], all)
         elif what < 9:
             for i in range(BATCH):
                 gvas[i] = any_gva(t)
-                kinds[i] = <uint8_t>dice(t, 2)
+                kinds[i] = any_kind(t, gvas[i])
             access_many(vcpu, gvas, kinds, BATCH, 1, all)
             for i in range(BATCH):
                 judge(t, gvas[i], &all[i])
@@ -191,8 +201,10 @@ cdef void *vcpu_main(void *arg) noexcept nogil:
             vcpu_invlpg(vcpu, any_gva(t))
         elif what == 14:
             load_cr3(vcpu, t.s.w.cr3 if dice(t, 2) else t.s.other_cr3)
-        else:
+        elif what == 15:
             roots_sync(vcpu)
+        else:
+            vcpu_set_smm(vcpu, <bint>dice(t, 2))
         vcpu_release(vcpu)
         fetch_add_u64(&t.s.operations, 1)
         if t.s.plant == 1:
@@ -202,35 +214,53 @@ cdef void *vcpu_main(void *arg) noexcept nogil:
 
 # ---- those who change things under them ----------------------------------------------
 
-cdef inline void change_slot(Thread *t) noexcept nogil:
-    """The buffer goes back to the heap once its slot is deleted: nobody may touch it after."""
+cdef inline uint32_t any_flags(Thread *t) noexcept nogil:
+    return MEM_LOG_DIRTY_PAGES if dice(t, 2) else 0
+
+cdef inline void change_extra(Thread *t) noexcept nogil:
+    """The buffer goes back to the heap once no slot has it: nobody may touch it after."""
     cdef World *w = t.s.w
     cdef uint64_t what = dice(t, 8)
     spin_lock(&t.s.extra_lock)
     if w.extra == NULL:
-        w.extra = <uint8_t *>aligned_alloc(4096, EXTRA_PAGES << 12)
+        w.extra = <uint8_t *>aligned_alloc(2097152, EXTRA_PAGES << 12)
         memset(w.extra, 0, EXTRA_PAGES << 12)
-        slot_set(w, 1, EXTRA_GPA, EXTRA_PAGES, w.extra, MEM_LOG_DIRTY_PAGES if dice(t, 2) else 0, 1)
-    elif what < 3:
+        slot_set(w, 1, EXTRA_GPA, EXTRA_PAGES, w.extra, any_flags(t), t.s.max_level)
+        slot_set(w, SMM | 1, EXTRA_GPA, EXTRA_PAGES, w.extra, any_flags(t), t.s.max_level)
+    elif what < 2:
         extra_delete(w)
+        slot_set(w, SMM | 1, 0, 0, NULL, 0, 0)
         free(w.extra)
         if t.s.plant == 2:
             t.seed += w.extra[0]
         w.extra = NULL
-    elif what < 5:
+    elif what < 4:
         # There and back: for a while the guest's address is a device.
         slot_set(w, 1, EXTRA_GPA + 0x2000000, EXTRA_PAGES, w.extra, 0, 0)
         slot_set(w, 1, EXTRA_GPA, EXTRA_PAGES, w.extra, 0, 0)
-    elif what == 5:
-        slot_set(w, 0, 0, RAM_PAGES, w.ram, MEM_LOG_DIRTY_PAGES if dice(t, 2) else 0, 0)
+    elif what == 4:
+        # In one address space memory, in the other a device.
+        slot_set(w, SMM | 1, 0, 0, NULL, 0, 0)
+        slot_set(w, SMM | 1, EXTRA_GPA, EXTRA_PAGES, w.extra, any_flags(t), t.s.max_level)
     else:
-        slot_set(w, 1, EXTRA_GPA, EXTRA_PAGES, w.extra, MEM_LOG_DIRTY_PAGES if dice(t, 2) else 0, 0)
+        slot_set(w, 1, EXTRA_GPA, EXTRA_PAGES, w.extra, any_flags(t), 0)
+        slot_set(w, SMM | 1, EXTRA_GPA, EXTRA_PAGES, w.extra, any_flags(t), 0)
     spin_unlock(&t.s.extra_lock)
-    # Slots that nobody uses: the table grows and shrinks, in the other address space too.
+
+cdef inline void change_slot(Thread *t) noexcept nogil:
+    cdef World *w = t.s.w
+    cdef uint64_t what = dice(t, 4)
+    if what == 0:
+        slot_set(w, 0, 0, RAM_PAGES, w.ram, any_flags(t), 0)
+    elif what == 1:
+        slot_set(w, SMM_RAM, 0, RAM_PAGES, w.ram, any_flags(t), 0)
+    else:
+        change_extra(t)
+    # Slots that nobody uses: the tables grow and shrink.
     slot_set(w, 2 + <uint32_t>dice(t, 4), 0x8000000 + (dice(t, 4) << 13), 1, w.ram + (dice(t, 8) << 12), 0, 0)
-    slot_set(w, 1 << 16 | <uint32_t>dice(t, 4), dice(t, 4) << 13, 1, w.ram + (dice(t, 8) << 12), 0, 0)
+    slot_set(w, SMM | 2 + <uint32_t>dice(t, 4), 0x8000000 + (dice(t, 4) << 13), 1, w.ram + (dice(t, 8) << 12), 0, 0)
     slot_set(w, 2 + <uint32_t>dice(t, 4), 0, 0, NULL, 0, 0)
-    slot_set(w, 1 << 16 | <uint32_t>dice(t, 4), 0, 0, NULL, 0, 0)
+    slot_set(w, SMM | 2 + <uint32_t>dice(t, 4), 0, 0, NULL, 0, 0)
 
 cdef void *slots_main(void *arg) noexcept nogil:
     cdef Thread *t = <Thread *>arg
@@ -274,15 +304,17 @@ cdef void *host_main(void *arg) noexcept nogil:
     cdef Event some[32]
     cdef uint64_t what
     while going(t):
-        what = dice(t, 8)
+        what = dice(t, 10)
         if what < 3:
-            collect_log(t, 0, RAM_PAGES)
+            collect_log(t, 0 if dice(t, 2) else SMM_RAM, RAM_PAGES)
         elif what == 3:
-            collect_log(t, 1, EXTRA_PAGES)
+            collect_log(t, 1 if dice(t, 2) else SMM | 1, EXTRA_PAGES)
         elif what < 6:
             host_changes(t)
         elif what == 6:
             change_quota(t)
+        elif what == 7:
+            nx_recover(t.s.w.vm, 1 + dice(t, 3))
         else:
             events_copy(&t.s.w.vm.events, some, 32, True)
         fetch_add_u64(&t.s.operations, 1)
@@ -305,8 +337,14 @@ cdef void nap() noexcept nogil:
 
 # ---- a round -------------------------------------------------------------------------
 
+cdef bint stress_slots(Stress *s) noexcept nogil:
+    """RAM in both of the VM's address spaces, as large as this round's host has it."""
+    return (slot_set(s.w, 0, 0, 0, NULL, 0, 0) == ERR_NONE
+            and slot_set(s.w, 0, 0, RAM_PAGES, s.w.ram, 0, s.max_level) == ERR_NONE
+            and slot_set(s.w, SMM_RAM, 0, RAM_PAGES, s.w.ram, 0, s.max_level) == ERR_NONE)
+
 cdef bint stress_guest(Stress *s) noexcept nogil:
-    """Two address spaces that share everything but their top tables."""
+    """Two address spaces of the guest that share everything but their top tables."""
     cdef World *w = s.w
     cdef uint64_t i
     for i in range(512):
@@ -349,9 +387,12 @@ cdef int round_run(int number, uint64_t seed, bint snapshots, int plant, uint64_
     memset(&s, 0, sizeof(s))
     s.plant = plant
     s.w = world_new(mmu, VCPUS, number & 3 != 3)
-    if s.w == NULL or not stress_guest(&s):
+    # Four rounds of huge pages, four under the NX mitigation, four of small ones.
+    s.max_level = 1 if (number >> 2) % 3 == 2 else 2
+    if s.w == NULL or not stress_slots(&s) or not stress_guest(&s):
         fprintf(stderr, b"no memory for a machine\n")
         return 2
+    s.w.vm.switches.nx_huge_pages = (number >> 2) % 3 == 1
     # 3 vCPUs, two who change slots, one host.
     for i in range(VCPUS + 3):
         threads[i].s = &s

@@ -45,6 +45,8 @@ enum {
     KVMMMU_POINT_NOTIFIER,       /* leaves of a host range are gone, the lock is held */
     KVMMMU_POINT_ROOTS_REQUESTED, /* vCPUs are asked to drop obsolete roots, the lock is held */
     KVMMMU_POINT_BITS_SET,       /* a walk is about to set A or D in an entry it read */
+    KVMMMU_POINT_TDP_INSTALL,    /* a TDP fault has read the entry it wants, decided nothing */
+    KVMMMU_POINT_REMOVED_WAIT,   /* waiting, as above: a table that goes, for the owner of a REMOVED entry in it */
     KVMMMU_POINTS
 };
 
@@ -60,6 +62,11 @@ enum {
     KVMMMU_MUTANT_PLAIN_STORE,     /* the lockless repair stores instead of exchanging */
     KVMMMU_MUTANT_NO_REREAD,       /* a fault does not read its table again under the lock */
     KVMMMU_MUTANT_LATE_GENERATION, /* the generation is read after the walk */
+    KVMMMU_MUTANT_REMOVED_TAKEN,   /* a table that goes does not wait for owners of REMOVED entries in it */
+    KVMMMU_MUTANT_PASS_ONCE,       /* a pass over a slot goes on where its exchange failed */
+    KVMMMU_MUTANT_STALE_PATH,      /* nor starts from the root after it let a writer in */
+    KVMMMU_MUTANT_NO_GRACE,        /* a table that went is freed while faults may be in it */
+    KVMMMU_MUTANT_DEAF_BATCH,      /* a batch goes on with what it remembers, whatever is requested */
     KVMMMU_MUTANTS
 };
 
