@@ -5,8 +5,8 @@ import os
 
 # ---- sptes and constants
 cimport cython
-from libc.string cimport memset
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset, strcmp
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (SpteMasks, spte_acc_tracked, spte_accessed_mask, spte_ad_kind_off,
                                spte_ad_need_write_protect, spte_dirty_mask, spte_executable, spte_is_last,
@@ -262,7 +262,6 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int64_t
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
@@ -955,7 +954,6 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 from cpython.buffer cimport Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous, PyObject_CheckBuffer
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, lines_new, vcpu_birth, vm_birth, vm_bury
@@ -968,6 +966,7 @@ from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
 from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.hostpages cimport host_write
 from kvmmmu.engine.insn cimport insn_continue, insn_execute, insn_fetch
+from kvmmmu.engine.many cimport access_many
 from kvmmmu.engine.memslots cimport (gfn_to_disallow, slot_find, slot_host, slot_host_level, slot_pfn,
                                      slots_generation, vm_slots)
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end, mmu_write_lock, mmu_write_unlock
@@ -984,7 +983,7 @@ from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.tlbcache cimport GEOMETRY_ARRAYS, tlb_new, tlb_retag
 from kvmmmu.engine.tlbflush cimport tlb_invept, tlb_invvpid
 from kvmmmu.engine.tlblist cimport TLB_RECORD_WORDS, tlb_records
-from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+from kvmmmu.engine.vcpu cimport vcpu_access
 
 import numpy as np
 
@@ -2127,7 +2126,6 @@ def tree_copy_of(VcpuCore core not None, bint everything, int previous):
 # ---- C table
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.string cimport strcmp
 from kvmmmu.engine.embed cimport (
     Sregs, embed_access, embed_access_many, embed_copy, embed_get_sregs, embed_invlpg, embed_load_cr3,
     embed_set_sregs, embed_status_text, embed_sync_roots, embed_translate,

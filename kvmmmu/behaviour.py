@@ -136,9 +136,10 @@ class Behaviour:
         if scheme not in MMIO_SCHEMES:
             allowed = ", ".join(map(repr, get_args(MmioScheme)))
             raise ArgumentError(f"mmio_scheme = {scheme!r}: allowed are {allowed}")
-        for name, value in {"tdp_mmu": tdp_mmu, "nx_huge_pages": nx_huge_pages, **switches}.items():
-            if name not in SWITCHES and name not in ("tdp_mmu", "nx_huge_pages"):
-                raise ArgumentError(f"switch {name!r} is unknown: allowed are {', '.join(SWITCHES)}")
+        named = {"tdp_mmu": tdp_mmu, "nx_huge_pages": nx_huge_pages}
+        for name, value in {**named, **switches}.items():
+            if name not in SWITCHES and name not in named:
+                raise ArgumentError(f"switch {name!r} is unknown: allowed are {', '.join([*named, *SWITCHES])}")
             if value is not None and not isinstance(value, bool):
                 raise ArgumentError(f"{name} = {value!r}: allowed are True and False")
         on = (on | {name for name, value in switches.items() if value}) - {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from kvmmmu._version import __version__
 from kvmmmu.errors import KvmmmuError
 
 MMUS = ("shadow", "ept", "npt")
+SCHEMES = ("off", "zap_all", "generation", "unguarded")
 AGREED, DISAGREED, BAD_INPUT = 0, 1, 2
 # What a file or a pipe gets: no terminal says how wide it is, and cut columns help nobody.
 PLAIN_WIDTH = 160
@@ -108,6 +109,12 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
 
 
+def _print_parts(parts: Iterable[Table | str]) -> None:
+    console = _console()
+    for part in parts:
+        console.print(part)
+
+
 def _print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2))
 
@@ -118,18 +125,28 @@ def main() -> None:
     """KVM's x86 MMU: replay recorded runs, check the model against known answers, look at page tables."""
 
 
+def _with_trace(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command has that reads a recorded run."""
+    file = click.Path(path_type=Path)
+    for decorate in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table."),
+        click.option("--memory-map", type=file, help="The machine's map (default: memory-map.json)."),
+        click.option("--pages", type=file, help="The .npz with a raw trace's page tables."),
+        click.argument("trace", required=False, type=file),
+    ):
+        command = decorate(command)
+    return command
+
+
 @main.command()
-@click.argument("trace", required=False, type=click.Path(path_type=Path))
 @click.option("--mmu", type=click.Choice([*MMUS, "all"]), default="all", show_default=True, help="The MMU or MMUs.")
 @click.option(
     "--mmio-scheme",
-    type=click.Choice(["off", "zap_all", "generation", "unguarded"]),
+    type=click.Choice(SCHEMES),
     help="How MMIO faults are cached; the behaviour profile's own scheme if not given.",
 )
 @click.option("--tlb", is_flag=True, help="Let the processor cache translations; count hits and table entries read.")
-@click.option("--pages", type=click.Path(path_type=Path), help="The .npz with a raw trace's page tables.")
-@click.option("--memory-map", type=click.Path(path_type=Path), help="The machine's map (default: memory-map.json).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_with_trace
 @click.pass_context
 def replay(
     ctx: click.Context,
@@ -145,6 +162,7 @@ def replay(
 
     Without TRACE the sample that is installed with the package is replayed.
     """
+    from kvmmmu.analysis import replay_table
     from kvmmmu.conform import replay as engine
     from kvmmmu.tlb import Tlb
     from kvmmmu.traces import bundled_trace, open_trace
@@ -163,43 +181,79 @@ def replay(
     if as_json:
         _print_json({"trace": str(opened.path), "modes": [report.as_dict() for report in reports]})
     else:
-        _replay_table(_console(), reports)
+        _print_parts(replay_table.parts(reports))
     ctx.exit(AGREED if all(report.ok for report in reports) else DISAGREED)
 
 
-def _replay_table(console: Console, reports: list[Any]) -> None:
-    table = Table(title=f"{reports[0].trace}: replay")
-    table.add_column("")
-    for report in reports:
-        table.add_column(report.mmu, justify="right")
+@main.command()
+@click.option("--mmu", "mmus", multiple=True, type=click.Choice(MMUS), help="Default: all three.")
+@click.option(
+    "--mmio-scheme", "schemes", multiple=True, type=click.Choice(SCHEMES), help="Default: all but unguarded."
+)
+@click.option(
+    "--behaviour", "profiles", multiple=True, help="A profile: 6.1 (default), 3.1, seed; with its own MMIO scheme."
+)
+@click.option("--switch", "switches", multiple=True, metavar="NAME=on|off", help="Of the behaviour, e.g. tdp_mmu.")
+@click.option("--tlb/--no-tlb", help="Let the processors cache translations; count hits and table entries read.")
+@click.option("--slot-changes", type=click.IntRange(1), metavar="EVERY", help="Change an unused slot so often.")
+@click.option("--seed", type=_Address(), default=1, show_default=True, help="Of the slot changes.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Replays, for CPU time.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw it here (.svg, .png).")
+@_with_trace
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    trace: Path | None,
+    mmus: Any,
+    schemes: Any,
+    profiles: tuple[str, ...],
+    switches: tuple[str, ...],
+    tlb: bool,
+    slot_changes: int | None,
+    seed: int,
+    rounds: int,
+    figure: Path | None,
+    pages: Path | None,
+    memory_map: Path | None,
+    as_json: bool,
+) -> None:
+    """Hold designs of an MMU against each other on one recorded run: exits, walks, searches, pages, CPU time.
 
-    def row(name: str, values: list[str], **how: Any) -> None:
-        table.add_row(name, *values, **how)
+    Designs are all combinations of what --mmu, --mmio-scheme, --behaviour and --switch name; each may be given more
+    than once.  Without TRACE the sample that is installed with the package is replayed.
+    """
+    from kvmmmu.analysis import compare as engine
+    from kvmmmu.analysis import compare_figure, compare_table
+    from kvmmmu.analysis import figure as files
+    from kvmmmu.conform.slot_changes import SlotChanges
+    from kvmmmu.tlb import Tlb
+    from kvmmmu.traces import bundled_trace, open_trace
 
-    def group(title: str, field: str) -> None:
-        names = dict.fromkeys(name for report in reports for name in getattr(report, field))
-        for i, name in enumerate(names):
-            values = [f"{getattr(report, field).get(name, 0):,}" for report in reports]
-            row(f"{title}{name}", values, end_section=i == len(names) - 1)
+    designs = engine.designs(mmus, schemes, profiles, map(engine.switch_of, switches))
+    if figure is not None:
+        files.check(figure)
+    opened = open_trace(trace or bundled_trace(), pages=pages, memory_map=memory_map)
+    with _Bar() as bar:
 
-    row("events replayed", [f"{report.events:,}" for report in reports])
-    row("disagreements", [f"{report.disagreements:,}" for report in reports])
-    row(
-        "final page-table entries different",
-        [
-            f"{report.tables_different:,} of {report.tables_compared:,}" if report.tables_compared else "not recorded"
-            for report in reports
-        ],
-    )
-    row("events/s", [f"{report.events_per_second:,.0f}" for report in reports], end_section=True)
-    group("MMIO served by ", "mmio")
-    group("", "faults")
-    group("", "counters")
-    group("", "tlb")
-    console.print(table)
-    for report in reports:
-        if report.first is not None:
-            console.print(f"{report.mmu}: first disagreement: {report.first}")
+        def show(design: str, done: int, total: int | None) -> None:
+            bar.describe(design)
+            bar.advance(done, total)
+
+        rows = engine.compare(
+            opened,
+            designs,
+            tlb=Tlb() if tlb else None,
+            slot_changes=SlotChanges(slot_changes, seed) if slot_changes else None,
+            rounds=rounds,
+            progress=show,
+        )
+    if figure is not None:
+        compare_figure.draw(rows, figure)
+    if as_json:
+        _print_json({"trace": str(opened.path), "rounds": rounds, "designs": [row.as_dict() for row in rows]})
+    else:
+        _print_parts(compare_table.parts(rows))
+    ctx.exit(AGREED if all(row.report.ok for row in rows) else DISAGREED)
 
 
 @main.command()
@@ -402,9 +456,13 @@ def bench(
 
     Exit status 0 when everything ran, whether or not it met its goals; 1 when a benchmark failed.
     """
-    from kvmmmu.analysis import suite
+    from kvmmmu.analysis import bench_table, suite
 
     old = None if compare is None else suite.load(compare)
+    if figure is not None:
+        from kvmmmu.analysis import figure as files
+
+        files.check(figure)
     with _Bar() as bar:
 
         def show(name: str, percent: int) -> None:
@@ -423,11 +481,7 @@ def bench(
     if as_json:
         _print_json(report)
     else:
-        from kvmmmu.analysis.bench_table import tables
-
-        console = _console()
-        for part in tables(report):
-            console.print(part)
+        _print_parts(bench_table.parts(report))
     ctx.exit(DISAGREED if report["failed"] else AGREED)
 
 

@@ -1,15 +1,19 @@
 """The command line: exit status 0 agreed, 1 not, 2 bad input with one line that says what."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import kvmmmu.analysis.compare
 import kvmmmu.conform.replay
 import kvmmmu.conform.run
 from kvmmmu._version import __version__
+from kvmmmu.analysis.compare import COLUMNS
 from kvmmmu.cli import main
 from kvmmmu.conform.replay import ReplayReport
 from kvmmmu.conform.report import FileReport
@@ -35,7 +39,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ("replay", "conform", "walk", "decode", "bench"):
+    for command in ("replay", "compare", "conform", "walk", "decode", "bench"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert len(result.output.splitlines()) > 5
@@ -93,10 +97,12 @@ def made_report(mmu: str, **change: Any) -> ReplayReport:
         "first": None,
         "tables_compared": 512,
         "tables_different": 0,
+        "exits": 77,
         "mmio": {"vCPU cache": 11, "mmio spte": 22, "slow path": 33},
         "faults": {"pf_taken": 44},
         "counters": {"mmu_unsync": 55},
         "seconds": 0.5,
+        "cpu_seconds": 0.4,
     }
     return ReplayReport(**{**report, **change})
 
@@ -160,6 +166,88 @@ def test_replay_refuses_a_trace_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "memory-map.json").write_text('{"cut": [{"start": 0, "end": 4095, "kind": "ram"}]}')
     assert "cut.npz" in one_line(run("replay", str(tmp_path / "cut.npz")))
     assert run("replay", "--mmu", "tdp").exit_code == 2
+
+
+# ---- compare
+
+FIRST_60K = Path(__file__).with_name("data") / "traces" / "linux-i686-pae-mixed-first60k.npz"
+
+
+def cells(output: str, title: str) -> dict[str, list[str]]:
+    """The rows of one table by their first cell; the headings under ``"design"``."""
+    lines = output.splitlines()
+    lines = lines[next(i for i, line in enumerate(lines) if line.strip() == title) + 1 :]
+    end = next(i for i, line in enumerate(lines) if line.startswith("└"))
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines[:end] if line[0] in "│┃"]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_compare_prints_the_numbers_that_it_gives_to_programs() -> None:
+    arguments = ["compare", str(FIRST_60K), "--rounds", "1", "--tlb", "--mmu", "shadow", "--mmu", "ept"]
+    arguments += ["--mmio-scheme", "generation"]
+    printed, given = run(*arguments), run(*arguments, "--json")
+    assert printed.exit_code == given.exit_code == 0
+    document = json.loads(given.output)
+    assert document["trace"] == str(FIRST_60K) and document["rounds"] == 1
+    assert [row["design"] for row in document["designs"]] == ["shadow, generation", "ept, generation"]
+    shown = 0
+    for part in dict.fromkeys(column.part for column in COLUMNS):
+        table = cells(printed.output, part)
+        for column in (column for column in COLUMNS if column.part == part):
+            at = table["design"].index(column.heading)
+            for row in document["designs"]:
+                value = row[column.key]
+                expected = "–" if value is None else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+                assert table[row["design"]][at] == expected, column.heading
+                shown += 1
+    assert shown == 2 * len(COLUMNS)
+    assert "every answer of every design is the recorded one" in printed.output
+
+
+def test_compare_says_nothing_of_a_tlb_that_is_not_there() -> None:
+    result = run("compare", str(FIRST_60K), "--rounds", "1", "--mmu", "npt", "--mmio-scheme", "off", "--no-tlb")
+    assert result.exit_code == 0
+    assert "memslot searches" in result.output and "TLB hits" not in result.output
+
+
+def test_a_disagreement_under_one_design_is_exit_status_1_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(trace: Trace, *, mmu: str, **how: Any) -> ReplayReport:
+        faults = {"pf_taken": 44}
+        counters = {column.key: 1 for column in COLUMNS}
+        change = {"disagreements": 3, "first": "record 9: as told"} if mmu == "ept" else {}
+        return made_report(mmu, faults=faults, counters=counters, **change)
+
+    monkeypatch.setattr(kvmmmu.analysis.compare, "replay", stand_in)
+    result = run("compare", "--mmio-scheme", "off")
+    assert result.exit_code == 1
+    assert "ept, off: 3 disagreements with the recording; first: record 9: as told" in result.output
+    assert "npt, off: " not in result.output
+    document = json.loads(run("compare", "--mmio-scheme", "off", "--json").output)
+    assert [row["disagreements"] for row in document["designs"]] == [0, 3, 0]
+    assert document["designs"][1]["first_disagreement"] == "record 9: as told"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--switch", "nosuch=on"], "switch 'nosuch' is unknown: allowed are tdp_mmu, nx_huge_pages, mmio_wide"),
+        (["--switch", "one_root"], "switch 'one_root': expected one_root=on or one_root=off"),
+        (["--switch", "one_root=1"], "switch 'one_root=1': expected one_root=on or one_root=off"),
+        (["--behaviour", "2.6"], "behaviour = '2.6': allowed are '6.1', '3.1', 'seed'"),
+        (["absent.npz"], "absent.npz: file: no such file"),
+    ],
+)
+def test_compare_refuses_what_it_does_not_know_by_name(arguments: list[str], why: str) -> None:
+    assert why in one_line(run("compare", *arguments))
+
+
+def test_compare_refuses_a_figure_that_cannot_be_drawn_before_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the designs were replayed first")
+
+    monkeypatch.setattr(kvmmmu.analysis.compare, "replay", never)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert "the figure needs matplotlib: pip install 'kvmmmu[bench]'" in one_line(run("compare", "--figure", "a.svg"))
 
 
 # ---- conform
@@ -237,6 +325,12 @@ def test_walk_refuses_what_is_no_dump(tmp_path: Path) -> None:
         ["nosuch"],
         ["replay", "--mmu", "vmx"],
         ["replay", "a", "b"],
+        ["compare", "a", "b"],
+        ["compare", "--mmu", "tdp"],
+        ["compare", "--mmio-scheme", "flush"],
+        ["compare", "--slot-changes", "0"],
+        ["compare", "--rounds", "0"],
+        ["compare", "--seed", "-1"],
         ["conform"],
         ["conform", "--show", "-1", "x"],
         ["walk", "x"],

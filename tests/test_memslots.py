@@ -219,6 +219,17 @@ def test_there_can_be_32764_slots_and_not_one_more(vm):
     assert gpas == sorted(gpas) and len(set(gpas)) == 32764
 
 
+def test_every_slot_of_more_than_a_thousand_is_found_and_no_gap_between_them(vm):
+    memory = pages(1)
+    for n in range(1, 1041):
+        vm.memslots.set_region(n, gpa=3 * n * PAGE, memory=memory)
+        if n >= 1022:
+            found = [vm._core.find_gfn(gfn, 0) for gfn in range(3 * n + 6)]
+            assert [slot and slot[0] for slot in found] == [
+                gfn // 3 if gfn % 3 == 0 and 0 < gfn <= 3 * n else None for gfn in range(3 * n + 6)
+            ]
+
+
 # ---- bad arguments ----------------------------------------------------------------
 
 

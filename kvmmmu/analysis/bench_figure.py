@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kvmmmu.analysis.figure import figure_file
 from kvmmmu.errors import ArgumentError
 
 __all__ = ["draw"]
@@ -28,27 +29,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises
     ------
     ArgumentError
-        matplotlib is missing, or does not know the suffix, or the report has neither kind of row.
+        matplotlib is missing, or does not know the suffix, or the directory does not exist; or the report has neither
+        kind of row.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ArgumentError("the figure needs matplotlib: pip install 'kvmmmu[bench]'") from None
     shapes = _shapes(report["rows"])
     slots = _slots(report["rows"])
     if not shapes and not slots:
         raise ArgumentError("the report has no rows by trace shape and none by number of slots: nothing to draw")
-    # The same report gives the same bytes; text stays text.
-    with matplotlib.rc_context({"svg.hashsalt": "kvmmmu", "svg.fonttype": "none", "font.size": 8}):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+    with figure_file(path, 10, 4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_shapes(left, shapes)
         _draw_slots(right, slots)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except ValueError as error:
-            raise ArgumentError(f"{path}: {error}") from None
 
 
 def _shapes(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, dict[str, float]]]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["tables"]
+__all__ = ["parts"]
 
 
-def tables(report: dict[str, Any]) -> Iterator[Table | str]:
+def parts(report: dict[str, Any]) -> Iterator[Table | str]:
     """Everything a reader wants to see of a report, in order."""
     machine = report["machine"]
     load = ", ".join(f"{value:.1f}" for value in machine["load"])

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvmmmu.behaviour import MmioScheme
+from kvmmmu.behaviour import Behaviour, MmioScheme
 from kvmmmu.conform.report import FileReport
+from kvmmmu.conform.slot_changes import SlotChanges
 from kvmmmu.constants import TABLE
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError, FormatError
 from kvmmmu.stats import TLB_COUNTERS
 from kvmmmu.tlb import Tlb
 from kvmmmu.traces import Chunk, Kind, MemoryArea, Trace, open_trace
-from kvmmmu.traces.reader import CHUNK
 from kvmmmu.vcpu import VCpu
 from kvmmmu.vm import VM, Mmu
 
@@ -51,6 +51,8 @@ class ReplayReport:
         The first of them, in words.
     tables_compared, tables_different : int
         Entries of the final page tables; 0 compared where the file does not have them.
+    exits : int
+        VM exits of all accesses; those of instructions (INVLPG, moves to control registers) are not in it.
     mmio : dict
         MMIO accesses by how they were served.
     faults, counters : dict
@@ -59,6 +61,8 @@ class ReplayReport:
         Hits, misses and table entries read, by level; empty without a TLB.
     seconds : float
         Wall time inside the model; reading and unpacking the file is not in it.
+    cpu_seconds : float
+        The thread's CPU time of the same.
     """
 
     trace: str
@@ -69,10 +73,12 @@ class ReplayReport:
     first: str | None
     tables_compared: int
     tables_different: int
+    exits: int
     mmio: dict[str, int]
     faults: dict[str, int]
     counters: dict[str, int]
     seconds: float
+    cpu_seconds: float
     tlb: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -180,10 +186,22 @@ class _PaeRoots:
         yield chunk.part(first, len(chunk)), root
 
 
-def _machine(mmu: Mmu, mmio_scheme: MmioScheme | None, behaviour: str, tlb: Tlb | None) -> tuple[VM, VCpu]:
+def _machine(
+    mmu: Mmu, mmio_scheme: MmioScheme | None, behaviour: str | Behaviour, tlb: Tlb | None
+) -> tuple[VM, VCpu]:
     """A VM with one vCPU that looks like the recorded one (40 address bits)."""
     vm = VM(mmu, host=HostCpu(maxphyaddr=46), behaviour=behaviour, mmio_scheme=mmio_scheme)
     return vm, vm.create_vcpu(GuestCpu(maxphyaddr=40), tlb=tlb)
+
+
+def _stretches(chunk: Chunk, *every: int) -> Iterator[Chunk]:
+    """Cut a chunk after each record whose number is a multiple of one of ``every``; 0 has none."""
+    first = chunk.start
+    end = first + len(chunk)
+    while first < end:
+        last = min([end, *(first - first % n + n for n in every if n)])
+        yield chunk.part(first - chunk.start, last - chunk.start)
+        first = last
 
 
 def replay(
@@ -191,8 +209,9 @@ def replay(
     *,
     mmu: Mmu,
     mmio_scheme: MmioScheme | None = None,
-    behaviour: str = "6.1",
+    behaviour: str | Behaviour = "6.1",
     check_every: int = 0,
+    slot_changes: SlotChanges | None = None,
     tlb: Tlb | None = None,
     progress: Progress | None = None,
 ) -> ReplayReport:
@@ -204,10 +223,12 @@ def replay(
     mmu : {"shadow", "ept", "npt"}
     mmio_scheme : str, optional
         How MMIO faults are cached; the behaviour profile's own scheme if not given.
-    behaviour : str
-        The behaviour profile.
+    behaviour : str or Behaviour
+        The behaviour profile, or one with switches of its own.
     check_every : int
         Ask ``vm.check`` for every invariant after each so many records, and after the last; 0 never asks.
+    slot_changes : SlotChanges, optional
+        Slots that the run does not use come and go meanwhile.
     tlb : Tlb, optional
         The processor caches translations; without one it reads the tables at each access.
     progress : callable, optional
@@ -217,6 +238,8 @@ def replay(
     ------
     FormatError
         The trace is truncated or corrupt.
+    ArgumentError
+        ``check_every`` is negative, or the machine has something where ``slot_changes`` would put slots.
     InvariantError
         ``check_every`` found the machine inconsistent.
     """
@@ -234,27 +257,37 @@ def replay(
             # Host frames that agree with guest frames below 1 GiB, so that large pages can be mapped.
             pfn_offset=(area.start_gpa // PAGE) % (1 << 18),
         )
+    changes = None if slot_changes is None else slot_changes.begin(vm, trace.memory_map)
+    change_every = 0 if slot_changes is None else slot_changes.every
     roots = _PaeRoots()
-    events = disagreements = 0
+    events = disagreements = exits = 0
     first: str | None = None
-    seconds = 0.0
-    for chunk in trace.chunks(check_every or CHUNK):
-        for span, root in roots.split(chunk):
-            if root is not None and (pdptes := memory.pdptes(root)) is not None:
-                pdptes &= ~PDPTE_AD
-            if not len(span):
-                continue
-            began = time.perf_counter()
-            done = vcpu.replay(span, start=span.start, values=trace.is_raw)
-            seconds += time.perf_counter() - began
-            events += done.events
-            disagreements += done.disagreements
-            if first is None and done.first is not None:
-                first = _disagreement(done.first)
-        if check_every:
-            vm.check()
+    seconds = cpu_seconds = 0.0
+    for chunk in trace.chunks():
+        for stretch in _stretches(chunk, check_every, change_every):
+            # At a stretch's beginning, so that nothing changes after the last record.
+            if changes is not None and stretch.start and stretch.start % change_every == 0:
+                next(changes)
+            for span, root in roots.split(stretch):
+                if root is not None and (pdptes := memory.pdptes(root)) is not None:
+                    pdptes &= ~PDPTE_AD
+                if not len(span):
+                    continue
+                began, cpu_began = time.perf_counter(), time.thread_time()
+                done = vcpu.replay(span, start=span.start, values=trace.is_raw)
+                cpu_seconds += time.thread_time() - cpu_began
+                seconds += time.perf_counter() - began
+                events += done.events
+                disagreements += done.disagreements
+                exits += done.exits
+                if first is None and done.first is not None:
+                    first = _disagreement(done.first)
+            if check_every and (stretch.start + len(stretch)) % check_every == 0:
+                vm.check()
         if progress is not None:
             progress(events, trace.n_records)
+    if check_every and events % check_every:
+        vm.check()
     compared, different, where = _compare_tables(trace, memory, roots.seen)
     stats: Mapping[str, int] = vm.stats
     return ReplayReport(
@@ -266,6 +299,7 @@ def replay(
         first=first or where,
         tables_compared=compared,
         tables_different=different,
+        exits=exits,
         mmio={name: int(stats[key]) for name, key in _MMIO_SERVED.items()},
         faults={name: int(value) for name, value in stats.items() if name.startswith("pf_")},
         counters={
@@ -274,6 +308,7 @@ def replay(
             if not name.startswith("pf_") and name not in TLB_COUNTERS
         },
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         tlb={} if tlb is None else {name: int(stats[name]) for name in TLB_COUNTERS},
     )
 

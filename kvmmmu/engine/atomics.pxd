@@ -37,7 +37,6 @@ cdef extern from "kvmmmu/atomics.h" nogil:
 
 cdef extern from "kvmmmu/lock.h" nogil:
     enum:
-        LINE_GUEST "KVMMMU_LINE_GUEST"
         LINE_READING "KVMMMU_LINE_READING"
         LINE_LOCKED "KVMMMU_LINE_LOCKED"
         LINE_GUEST "KVMMMU_LINE_GUEST"

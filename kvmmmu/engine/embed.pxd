@@ -11,6 +11,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs, Paging
 from kvmmmu.engine.batch cimport translate_many
 from kvmmmu.engine.claim cimport CLAIM_BUSY, CLAIM_OK, vcpu_claim, vcpu_claim_enter, vcpu_release
+from kvmmmu.engine.many cimport access_many, how_access
 from kvmmmu.engine.registers cimport REG_OK, load_cr3, set_sregs
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport Access, MemMap, OUTCOME_OK, Translation, Vcpu
@@ -53,15 +54,6 @@ cdef struct Tables:
 
 cdef inline bint how_legal(uint32_t how, uint32_t allowed) noexcept nogil:
     return how & 3 != 3 and not how & ~(3 | allowed)
-
-cdef inline uint64_t how_access(uint32_t how) noexcept nogil:
-    """PFERR_* bits of READ, WRITE, FETCH and IMPLICIT."""
-    cdef uint64_t access = 0
-    if how & KVMMMU_WRITE:
-        access = PFERR_WRITE
-    elif how & KVMMMU_FETCH:
-        access = PFERR_FETCH
-    return access | PFERR_IMPLICIT if how & KVMMMU_IMPLICIT else access
 
 cdef inline bint cpl_legal(int cpl) noexcept nogil:
     return KVMMMU_OWN_CPL <= cpl <= 3
@@ -115,8 +107,7 @@ cdef inline int embed_access_many(Vcpu *vcpu, const uint64_t *gvas, const uint8_
     own = vcpu.cpl
     if cpl != KVMMMU_OWN_CPL:
         vcpu.cpl = <uint8_t>cpl
-    for i in range(n):
-        vcpu_access(vcpu, gvas[i], how_access(how[i]), <int>size, NULL, &out[i])
+    access_many(vcpu, gvas, how, <int64_t>n, <int>size, out)
     vcpu.cpl = own
     vcpu_release(vcpu)
     return KVMMMU_OK

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """One vCPU at work: the processor tries, KVM repairs, until the access ends somewhere."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
@@ -361,17 +361,3 @@ cdef inline void vcpu_access(Vcpu *vcpu, uint64_t gva, uint64_t access, int size
             out.path = PATH_EMULATED
             emulate_access(vcpu, gva, access, size, data, known_gpa, out)
             return
-
-
-cdef inline void access_many(Vcpu *vcpu, const uint64_t *gvas, const uint8_t *kinds, int64_t n, int size,
-                             Access *out) noexcept nogil:
-    """Accesses one after the other, the same answers as single calls; ``kinds``: 0 read, 1 write, 2 fetch."""
-    cdef int64_t i
-    cdef uint64_t access
-    for i in range(n):
-        access = 0
-        if kinds[i] == 1:
-            access = PFERR_WRITE
-        elif kinds[i] == 2:
-            access = PFERR_FETCH
-        vcpu_access(vcpu, gvas[i], access, size, NULL, &out[i])

@@ -10,6 +10,7 @@ from world cimport *
 from cases_walk cimport *
 from cases_life cimport *
 from cases_pass cimport *
+from cases_batch cimport *
 from cases_lock cimport *
 
 ctypedef int (*case_fn)(World *) noexcept nogil
@@ -110,6 +111,9 @@ cdef void cases_list(Cases *c) noexcept nogil:
     case_add(c, b"c40_table_goes_around_a_removed_entry", c40_table_goes_around_a_removed_entry,
              MMU_EPT, True, MUTANT_REMOVED_TAKEN, 0)
     case_add(c, b"c41_writer_is_let_in", c41_writer_is_let_in, MMU_EPT, True, MUTANT_STALE_PATH, 0)
+    case_add(c, b"c42_batch_leaves_at_a_request", c42_batch_leaves_at_a_request,
+             MMU_SHADOW, False, MUTANT_DEAF_BATCH, 0)
+    case_add(c, b"c42_nested_batch_leaves", c42_batch_leaves_at_a_request, MMU_EPT, True, MUTANT_DEAF_BATCH, 0)
     case_add(c, b"l1_long_wait_goes_first", l1_long_wait_goes_first, MMU_SHADOW, False, 0, 0)
     case_add(c, b"l1_reader_goes_first", l1_reader_goes_first, MMU_EPT, True, 0, 0)
     case_add(c, b"l2_short_wait_does_not", l2_short_wait_does_not, MMU_SHADOW, False, 0, 0)

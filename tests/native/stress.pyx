@@ -21,6 +21,7 @@ from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport events_copy
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
+from kvmmmu.engine.many cimport access_many
 from kvmmmu.engine.notifier cimport slot_dontneed, unmap_hva_range
 from kvmmmu.engine.registers cimport load_cr3
 from kvmmmu.engine.recovery cimport nx_recover
@@ -29,7 +30,7 @@ from kvmmmu.engine.snapshot cimport vm_snapshot
 from kvmmmu.engine.state cimport (
     Access, ERR_NONE, Event, MMU_EPT, MMU_NPT, MMU_SHADOW, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, Slot, Vcpu, Vm,
 )
-from kvmmmu.engine.vcpu cimport access_many, vcpu_access
+from kvmmmu.engine.vcpu cimport vcpu_access
 from kvmmmu.engine.zap cimport set_max_pages
 from world cimport *
 
@@ -390,12 +391,13 @@ cdef int round_run(int number, uint64_t seed, bint snapshots, int plant, bint *m
     memset(&s, 0, sizeof(s))
     s.plant = plant
     s.w = world_new_marked(mmu, VCPUS, number & 3 != 3, membarrier[0])
-    s.max_level = 1 + (number >> 2 & 1)
+    # Four rounds of huge pages, four under the NX mitigation, four of small ones.
+    s.max_level = 1 if (number >> 2) % 3 == 2 else 2
     if s.w == NULL or not stress_slots(&s) or not stress_guest(&s):
         fprintf(stderr, b"no memory for a machine\n")
         return 2
     membarrier[0] = s.w.vm.reader_protocol == READERS_MEMBARRIER
-    s.w.vm.switches.nx_huge_pages = number >> 3 & 1
+    s.w.vm.switches.nx_huge_pages = (number >> 2) % 3 == 1
     # 3 vCPUs, two who change slots, one host.
     for i in range(VCPUS + 3):
         threads[i].s = &s

@@ -66,6 +66,7 @@ enum {
     KVMMMU_MUTANT_PASS_ONCE,       /* a pass over a slot goes on where its exchange failed */
     KVMMMU_MUTANT_STALE_PATH,      /* nor starts from the root after it let a writer in */
     KVMMMU_MUTANT_NO_GRACE,        /* a table that went is freed while faults may be in it */
+    KVMMMU_MUTANT_DEAF_BATCH,      /* a batch goes on with what it remembers, whatever is requested */
     KVMMMU_MUTANTS
 };
 
