@@ -11,13 +11,10 @@
  *   2  today's shadow MMU, and this engine: every reader marks its own line, the freer waits
  *   3  the TDP MMU: freed after an RCU grace period
  *
- * MEMBARRIER, beside form 2: the reader's mark is a plain store; the freer makes every processor pass a full barrier
- * (membarrier) after it unlinked and before it looks at the lines.
- *
  * Claims: a table that a walk holds is neither free nor another address's; what is read for an
  * address was written for it; an address that had memory when its walk began is not emulated.
  *
- * Controls: NO_READER_BARRIER, NO_WRITER_BARRIER, NO_HANDSHAKE, NO_GRACE, READ_TWICE, NO_BUMP, NO_MEMBARRIER.
+ * Controls: NO_READER_BARRIER, NO_WRITER_BARRIER, NO_HANDSHAKE, NO_GRACE, READ_TWICE, NO_BUMP.
  */
 #ifndef FORM
 #define FORM 2
@@ -87,8 +84,8 @@ proctype Reader(byte r) {
         enter(r);
         atomic { buffer[r].n == 0 -> mem[COUNTER]++ };           /* Linux 3.1 */
 #elif FORM == 2
-        /* engine: kvmmmu_reading_begin, kvmmmu_mark */
-#if defined(NO_READER_BARRIER) || defined(MEMBARRIER)
+        /* engine: kvmmmu_reading_begin */
+#ifdef NO_READER_BARRIER
         store(r, MODE(r), READING);
 #else
         exchange(r, MODE(r), READING);
@@ -155,24 +152,12 @@ proctype Reader(byte r) {
     od
 }
 
-/* engine: kvmmmu_readers_barrier */
-inline readers_barrier() {
-    /* engine: kvmmmu_full_barrier */
-    barrier(WRITER);
-#if defined(MEMBARRIER) && !defined(NO_MEMBARRIER)
-    /* engine: kvmmmu_membarrier */
-    /* One processor after the other, each when it likes; nothing of theirs is waited for but their buffers. */
-    barrier(0);
-    barrier(1);
-    printf("writer: every processor has passed a barrier (kvmmmu_membarrier)\n");
-#endif
-}
-
 /* One flush for what was unlinked; afterwards the memory may be used again. */
 inline commit(p) {
     /* engine: zap_commit, flush_remote_tlbs */
 #ifndef NO_WRITER_BARRIER
-    readers_barrier();
+    /* engine: kvmmmu_full_barrier */
+    barrier(WRITER);
 #endif
 #if FORM == 1
     if
@@ -278,7 +263,7 @@ proctype Writer() {
         ram = 1;
         store(WRITER, GENERATION, generation + UPDATING);
         /* engine: vm_drain */
-        readers_barrier();
+        barrier(WRITER);
 #if FORM == 2
         SEEN(WRITER, MODE(0)) != READING;
         SEEN(WRITER, MODE(1)) != READING;

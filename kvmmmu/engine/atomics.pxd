@@ -2,7 +2,7 @@
 """Names for the operations of ``kvmmmu/atomics.h`` and for the lines of ``kvmmmu/lock.h``."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from kvmmmu.engine.state cimport kvmmmu_line, kvmmmu_rwlock
+from kvmmmu.engine.state cimport kvmmmu_line
 
 cdef extern from "kvmmmu/atomics.h" nogil:
     uint64_t ld_u64 "kvmmmu_ld_u64"(const uint64_t *p)
@@ -42,9 +42,6 @@ cdef extern from "kvmmmu/lock.h" nogil:
         LINE_GUEST "KVMMMU_LINE_GUEST"
         LINE_SLOTS "KVMMMU_LINE_SLOTS"
         LINE_BUSY "KVMMMU_LINE_BUSY"
-        READERS_MEMBARRIER "KVMMMU_READERS_MEMBARRIER"
-    const uint64_t LINE_PLAIN "KVMMMU_LINE_PLAIN"
-    bint membarrier_register "kvmmmu_membarrier_register"()
     void cpu_pause "kvmmmu_pause"(unsigned spins)
     bint line_claim "kvmmmu_line_claim"(kvmmmu_line *line, uint64_t flags)
     void line_release "kvmmmu_line_release"(kvmmmu_line *line)
@@ -53,8 +50,6 @@ cdef extern from "kvmmmu/lock.h" nogil:
     void guest_enter "kvmmmu_guest_enter"(kvmmmu_line *line)
     void guest_exit "kvmmmu_guest_exit"(kvmmmu_line *line)
     bint in_guest "kvmmmu_in_guest"(const kvmmmu_line *line)
-    int reader_protocol "kvmmmu_reader_protocol"(const kvmmmu_line *line)
-    void readers_barrier "kvmmmu_readers_barrier"(const kvmmmu_line *line)
     void wait_line "kvmmmu_wait_line"(const kvmmmu_line *line, uint64_t flags, int point)
 
 

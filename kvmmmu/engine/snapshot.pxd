@@ -5,15 +5,14 @@ A stream is sections: a tag, a length in bytes, then the bytes padded to whole w
 ``kvmmmu/check/snapshot.py`` reads it and knows the same tags and field orders.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
-from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, slot_entries
 from kvmmmu.engine.state cimport (
-    ADDRESS_SPACES, Arena, HASH_BITS, PREV_ROOTS, PteDesc, Root, Segment, ShadowPage, Slot, Vcpu, VM_STATS, Vm,
+    ADDRESS_SPACES, Arena, HASH_BITS, PteDesc, Segment, ShadowPage, Slot, Vcpu, VM_STATS, Vm,
 )
 
 cdef enum:
@@ -55,8 +54,6 @@ cdef inline void snap_put(Stream *s, uint64_t tag, const void *data, uint64_t si
 
 
 cdef inline void snap_vm(Vm *vm, Stream *s) noexcept nogil:
-    cdef uint64_t stats[32]
-    cdef int i
     cdef uint64_t *w = [
         <uint64_t>vm.mmu, <uint64_t>vm.used_pages, <uint64_t>vm.max_pages, <uint64_t>vm.indirect_pages, vm.valid_gen,
         vm.rmaps, <uint64_t>vm.tdp_roots, <uint64_t>vm.active.head, <uint64_t>vm.active.tail, <uint64_t>vm.active.n,
@@ -68,9 +65,7 @@ cdef inline void snap_vm(Vm *vm, Stream *s) noexcept nogil:
         vm.switches.era, vm.masks.empty, vm.masks.address, vm.masks.me,
     ]
     snap_put(s, SNAP_VM, w, 37 * 8)
-    for i in range(VM_STATS):
-        stats[i] = vm_stat(vm, i)
-    snap_put(s, SNAP_STATS, stats, VM_STATS * 8)
+    snap_put(s, SNAP_STATS, vm.stats, VM_STATS * 8)
 
 
 cdef inline void snap_arena(Vm *vm, Stream *s) noexcept nogil:
