@@ -7,7 +7,7 @@ that maps 64 MiB of device pages.
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,8 +53,8 @@ class Layout:
 class Guest:
     """The machine of a layout, with every device page touched once."""
 
-    def __init__(self, mmu: Any, layout: Layout, scheme: Any) -> None:
-        self.vm = km.VM(mmu, mmio_scheme=scheme)
+    def __init__(self, mmu: Any, layout: Layout, scheme: Any, protocol: Any = "exchange") -> None:
+        self.vm = km.VM(mmu, mmio_scheme=scheme, reader_protocol=protocol)
         self.ram = refs.aligned(RAM_PAGES * 4096)
         gvas = DEVICE_GVA + np.arange(PAGES, dtype=np.uint64) * np.uint64(4096)
         gpas = layout.gfns << np.uint64(12)
@@ -83,6 +83,17 @@ class Guest:
         return int(self.vm.stats[counter] - before)
 
 
+def faults(
+    kernels: ModuleType, layout: Layout, guest: Guest, addresses: npt.NDArray[np.uint64], how: int
+) -> Callable[[], None]:
+    """A contestant: every address faults once."""
+
+    def work() -> None:
+        assert kernels.faults(guest.vcpu, addresses, how, layout.rows) == N
+
+    return work
+
+
 class Pair:
     """The same guest with mmio sptes and without, and the ways to serve its faults."""
 
@@ -90,12 +101,7 @@ class Pair:
         layout = Layout(slots)
         self.cached, self.off = Guest(mmu, layout, "generation"), Guest(mmu, layout, "off")
 
-        def run(guest: Guest, addresses: npt.NDArray[np.uint64], how: int) -> Callable[[], None]:
-            def work() -> None:
-                assert kernels.faults(guest.vcpu, addresses, how, layout.rows) == N
-
-            return work
-
+        run = partial(faults, kernels, layout)
         self.spte = run(self.cached, self.cached.addresses, CACHED)
         self.record = run(self.cached, np.full(N, self.cached.addresses[0], np.uint64), CACHED)
         self.others = {
@@ -149,3 +155,20 @@ def bench_mmio_batch(against: Any, pairs: Callable[[str, int], Pair], quick: boo
     pair = pairs(mmu, slots)
     against(pair.cached.batch, items=N, record=pair.cached.one_page, slow=pair.off.batch)
     assert (pair.cached.out["outcome"] == km.Outcome.MMIO).all()
+
+
+@pytest.mark.parametrize("mmu", ["shadow", "ept"])
+@pytest.mark.benchmark(group="MMIO fault served by the mmio spte, by reader protocol")
+def bench_mmio_protocol(against: Any, build_pyx: Callable[..., ModuleType], mmu: str) -> None:
+    """The exchange, beside the plain store of membarrier and beside a build that marks nothing."""
+    layout = Layout(32)
+    exchange, plain = (Guest(mmu, layout, "generation", protocol) for protocol in ("exchange", "membarrier"))
+    if plain.vm.reader_protocol != "membarrier":
+        pytest.skip("this system has no membarrier(2)")
+    kernels, unmarked = build_pyx("mmio_kernels"), build_pyx("mmio_kernels", "KVMMMU_NO_LOCKS")
+    against(
+        faults(kernels, layout, exchange, exchange.addresses, CACHED),
+        items=N,
+        membarrier=faults(kernels, layout, plain, plain.addresses, CACHED),
+        unmarked=faults(unmarked, layout, exchange, exchange.addresses, CACHED),
+    )

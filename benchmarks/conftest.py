@@ -68,12 +68,13 @@ def kernels(build_pyx: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def build_pyx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModuleType]:
-    """Build and import a Cython file of this directory by name."""
-    return functools.cache(lambda name: _build_pyx(name, tmp_path_factory.mktemp(name)))
+def build_pyx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModuleType]:
+    """Build and import a Cython file of this directory by name, with C macros set to 1 if any are named."""
+    return functools.cache(lambda name, *macros: build_pyx_in(tmp_path_factory.mktemp(name), name, *macros))
 
 
-def _build_pyx(name: str, folder: Path) -> ModuleType:
+def build_pyx_in(folder: Path, name: str, *macros: str) -> ModuleType:
+    """The same in a folder of the caller's; each build is a module of its own name."""
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
 
@@ -82,11 +83,13 @@ def _build_pyx(name: str, folder: Path) -> ModuleType:
     rooms = [path for path in (HERE.parent, package) if (path / "kvmmmu" / "engine" / "fault.pxd").is_file()]
     if not rooms and "kvmmmu.engine" in (HERE / f"{name}.pyx").read_text():
         pytest.skip(f"{name}.pyx needs the engine's rooms, which no installed package has: run it in a checkout")
-    shutil.copy(HERE / f"{name}.pyx", folder)
+    source, name = HERE / f"{name}.pyx", "_".join([name, *map(str.lower, macros)])
+    shutil.copy(source, folder / f"{name}.pyx")
     extension = Extension(
         name,
         [str(folder / f"{name}.pyx")],
         include_dirs=[kvmmmu.get_include(), str(HERE)],
+        define_macros=[(macro, "1") for macro in macros],
         extra_compile_args=["-O3", "-fwrapv", "-g0"],
     )
     with warnings.catch_warnings():

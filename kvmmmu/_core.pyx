@@ -952,14 +952,14 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
 
 # ---- memory, memslots, events, counters ------------------------------------------
 
-from cpython.buffer cimport (Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous,
-                             PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
+from cpython.buffer cimport Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous, PyObject_CheckBuffer
 from libc.stdlib cimport calloc, free
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
-from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, vcpu_birth, vm_birth, vm_bury
+from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, lines_new, vcpu_birth, vm_birth, vm_bury
 from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_claim_enter, vcpu_release,
                                   vm_close_begin, vm_inside)
+from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.events cimport ev_inj_exception, event_emit, events_copy
@@ -1064,14 +1064,15 @@ cdef class VmCore(VmHandle):
     """Owner of one ``Vm``: its arena, its tables, and the buffers its slots point into."""
 
     cdef Vm *vm
+    cdef readonly int reader_protocol
     cdef bint closed
     cdef dict exports
     cdef object __weakref__
     cdef uint64_t next_token
 
     def __cinit__(self, int mmu, tuple host, int mmio_scheme, bint tdp_mmu, bint nx_huge_pages,
-                  bint eager_split=True, uint64_t era=0, bint tdx=False):
-        cdef Vm *vm = <Vm *>calloc(1, sizeof(Vm))
+                  bint eager_split=True, uint64_t era=0, bint tdx=False, bint plain_marks=False):
+        cdef Vm *vm = <Vm *>lines_new(sizeof(Vm))
         if vm == NULL:
             raise MemoryError("no memory for a VM")
         self.vm = vm
@@ -1087,14 +1088,14 @@ cdef class VmCore(VmHandle):
         vm.switches.mmio_scheme = mmio_scheme
         vm.switches.tdp_mmu = tdp_mmu
         vm.switches.nx_huge_pages = nx_huge_pages
-        vm.switches.eager_split = eager_split
+        vm.switches.eager_split, vm.tdx, vm.plain_marks = eager_split, tdx, plain_marks
         vm.switches.era = era
-        vm.tdx = tdx
         born = vm_birth(vm)
         if born == BIRTH_NO_ADDRESSES:
             raise MemoryError("no address space for shadow pages (about 70 GiB are reserved, not used)")
         if born != BIRTH_OK:
             raise MemoryError("no memory for a VM")
+        self.reader_protocol = vm.reader_protocol
 
     def __dealloc__(self):
         if self.vm != NULL:
@@ -1446,8 +1447,7 @@ cdef class VmCore(VmHandle):
 
     def vm_stats(self):
         """Counters of the VM, in VM_STATS_ORDER."""
-        cdef int i
-        return [ld_u64(&self.vm.stats[i]) for i in range(VM_STATS)]
+        return [vm_stat(self.vm, i) for i in range(VM_STATS)]
 
     def vcpu_stats(self, int vcpu_id):
         """Counters of a vCPU in VCPU_STATS_ORDER; of all of them together for id -1."""
@@ -1620,7 +1620,7 @@ cdef class VcpuCore(VcpuHandle):
         cdef int born
         owner.check_open()
         self.owner = owner
-        vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
+        vcpu = <Vcpu *>lines_new(sizeof(Vcpu))
         if vcpu == NULL:
             raise MemoryError("no memory for a vCPU")
         model_arg(&vcpu.model, model)
@@ -2277,7 +2277,7 @@ cdef const char *kvmmmu_vcpu_stat_name(int index) noexcept nogil:
 cdef int kvmmmu_vm_stat(kvmmmu_vm *vm, int index, uint64_t *value) noexcept nogil:
     if vm == NULL or value == NULL or not 0 <= index < VM_STATS:
         return KVMMMU_E_ARGUMENT
-    value[0] = ld_u64(&(<Vm *>vm).stats[index])
+    value[0] = vm_stat(<Vm *>vm, index)
     return KVMMMU_OK
 
 cdef int kvmmmu_vcpu_stat(kvmmmu_vcpu *vcpu, int index, uint64_t *value) noexcept nogil:

@@ -31,6 +31,9 @@ __all__ = ["VM"]
 Mmu = Literal["shadow", "ept", "npt"]
 _MMUS: Final = MappingProxyType({"shadow": 0, "ept": 1, "npt": 2})
 
+ReaderProtocol = Literal["exchange", "membarrier"]
+_PROTOCOLS: Final = ("none", "exchange", "membarrier")  # by number; the first is of a benchmark's control
+
 
 class VM:
     """A virtual machine with KVM's MMU.
@@ -50,6 +53,9 @@ class VM:
         entry is bit 63 (suppress #VE) and mmio sptes have value 0, so that an access where no memory is exits once and
         ends in ``Outcome.VE``, later ones without an exit.  KVM has it since Linux 6.16; all else is as ``behaviour``
         says.  Private memory, and with it the bit of a gpa that says "shared", is not modelled.
+    reader_protocol : {"exchange", "membarrier"}
+        How a vCPU tells those who free tables that it reads: KVM's full barrier at each walk and entry, or a plain
+        store and membarrier(2) by who frees (``docs/lockless-walk.md``).  Results are the same; only the cost moves.
 
     Attributes
     ----------
@@ -86,9 +92,13 @@ class VM:
         tdp_mmu: bool | None = None,
         nx_huge_pages: bool | None = None,
         tdx: bool = False,
+        reader_protocol: ReaderProtocol = "exchange",
     ) -> None:
         if mmu not in _MMUS:
             raise ArgumentError(f"mmu = {mmu!r}: allowed are {', '.join(map(repr, get_args(Mmu)))}")
+        if reader_protocol not in get_args(ReaderProtocol):
+            names = ", ".join(map(repr, get_args(ReaderProtocol)))
+            raise ArgumentError(f"reader_protocol = {reader_protocol!r}: allowed are {names}")
         host = HostCpu() if host is None else host
         if not isinstance(host, HostCpu):
             raise TypeError(f"host must be a HostCpu, not {type(host).__name__}")
@@ -116,6 +126,7 @@ class VM:
             behaviour.nx_huge_pages,
             era=behaviour.bits,
             tdx=tdx,
+            plain_marks=reader_protocol == "membarrier",
         )
         self.memslots = MemSlots(self._core)
         self.mmio = Mmio()
@@ -143,6 +154,11 @@ class VM:
     def tdx(self) -> bool:
         """It is a TDX guest."""
         return self._tdx
+
+    @property
+    def reader_protocol(self) -> str:
+        """The reader protocol in use: "exchange" too where "membarrier" was asked for and the system has none."""
+        return _PROTOCOLS[self._core.reader_protocol]
 
     @property
     def closed(self) -> bool:

@@ -43,9 +43,11 @@ RUNS = [
         "-DVISITS=1 -DSTEPS=3",
         "-DONE_READER -DSTEPS=4",
         "-DDEPTH=1 -DONE_READER -DSTEPS=4",
+        "-DMEMBARRIER -DONE_READER -DSTEPS=4",
         holds=True,
     ),
     *runs("reader_handshake", "-DVISITS=1 -DSTEPS=4", "-DVISITS=2 -DSTEPS=3", holds=True, quick=False),
+    *runs("reader_handshake", "-DMEMBARRIER -DVISITS=1 -DSTEPS=3", holds=True, quick=False),
     *runs("reader_handshake", "-DFORM=1 -DVISITS=1 -DSTEPS=3", "-DFORM=3 -DVISITS=1 -DSTEPS=3", holds=True),
     *runs(
         "reader_handshake", "-DFORM=1 -DVISITS=1 -DSTEPS=4", "-DFORM=3 -DVISITS=1 -DSTEPS=4", holds=True, quick=False
@@ -58,6 +60,7 @@ RUNS = [
             "-DNO_HANDSHAKE",
             "-DREAD_TWICE",
             "-DNO_BUMP",
+            "-DMEMBARRIER -DNO_MEMBARRIER",
             "-DFORM=1 -DNO_WRITER_BARRIER",
             "-DFORM=1 -DNO_GRACE",
             "-DFORM=3 -DNO_GRACE",

@@ -11,10 +11,13 @@
  *   2  today's shadow MMU, and this engine: every reader marks its own line, the freer waits
  *   3  the TDP MMU: freed after an RCU grace period
  *
+ * MEMBARRIER, beside form 2: the reader's mark is a plain store; the freer makes every processor pass a full barrier
+ * (membarrier) after it unlinked and before it looks at the lines.
+ *
  * Claims: a table that a walk holds is neither free nor another address's; what is read for an
  * address was written for it; an address that had memory when its walk began is not emulated.
  *
- * Controls: NO_READER_BARRIER, NO_WRITER_BARRIER, NO_HANDSHAKE, NO_GRACE, READ_TWICE, NO_BUMP.
+ * Controls: NO_READER_BARRIER, NO_WRITER_BARRIER, NO_HANDSHAKE, NO_GRACE, READ_TWICE, NO_BUMP, NO_MEMBARRIER.
  */
 #ifndef FORM
 #define FORM 2
@@ -84,8 +87,8 @@ proctype Reader(byte r) {
         enter(r);
         atomic { buffer[r].n == 0 -> mem[COUNTER]++ };           /* Linux 3.1 */
 #elif FORM == 2
-        /* engine: kvmmmu_reading_begin */
-#ifdef NO_READER_BARRIER
+        /* engine: kvmmmu_reading_begin, kvmmmu_mark */
+#if defined(NO_READER_BARRIER) || defined(MEMBARRIER)
         store(r, MODE(r), READING);
 #else
         exchange(r, MODE(r), READING);
@@ -152,12 +155,24 @@ proctype Reader(byte r) {
     od
 }
 
+/* engine: kvmmmu_readers_barrier */
+inline readers_barrier() {
+    /* engine: kvmmmu_full_barrier */
+    barrier(WRITER);
+#if defined(MEMBARRIER) && !defined(NO_MEMBARRIER)
+    /* engine: kvmmmu_membarrier */
+    /* One processor after the other, each when it likes; nothing of theirs is waited for but their buffers. */
+    barrier(0);
+    barrier(1);
+    printf("writer: every processor has passed a barrier (kvmmmu_membarrier)\n");
+#endif
+}
+
 /* One flush for what was unlinked; afterwards the memory may be used again. */
 inline commit(p) {
     /* engine: zap_commit, flush_remote_tlbs */
 #ifndef NO_WRITER_BARRIER
-    /* engine: kvmmmu_full_barrier */
-    barrier(WRITER);
+    readers_barrier();
 #endif
 #if FORM == 1
     if
@@ -263,7 +278,7 @@ proctype Writer() {
         ram = 1;
         store(WRITER, GENERATION, generation + UPDATING);
         /* engine: vm_drain */
-        barrier(WRITER);
+        readers_barrier();
 #if FORM == 2
         SEEN(WRITER, MODE(0)) != READING;
         SEEN(WRITER, MODE(1)) != READING;

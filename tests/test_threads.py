@@ -24,8 +24,8 @@ GVA, EXTRA_GVA, MMIO_GVA = 0x1000_0000, 0x1020_0000, 0x1040_0000
 class Crowd(Machine):
     """A machine with several vCPUs and the same three ranges for each: RAM, a slot that comes and goes, a device."""
 
-    def __init__(self, mmu: str, vcpus: int = VCPUS) -> None:
-        super().__init__(mmu, LONG, start=False)
+    def __init__(self, mmu: str, vcpus: int = VCPUS, reader_protocol: str = "exchange") -> None:
+        super().__init__(mmu, LONG, start=False, reader_protocol=reader_protocol)
         for n in range(PAGES):
             self.map(GVA + n * 4096, DATA + n * 4096, USER)
             self.map(EXTRA_GVA + n * 4096, EXTRA + n * 4096, USER)
@@ -55,9 +55,10 @@ def together(*jobs: Callable[[], None]) -> None:
         raise wrong[0]
 
 
-@pytest.fixture(params=["shadow", "ept", "npt"])
+@pytest.fixture(params=["shadow", "ept", "npt", "shadow membarrier", "ept membarrier"])
 def crowd(request: pytest.FixtureRequest) -> Iterator[Crowd]:
-    machine = Crowd(request.param)
+    mmu, *protocol = request.param.split()
+    machine = Crowd(mmu, reader_protocol=protocol[0] if protocol else "exchange")
     yield machine
     machine.vm.check()
 

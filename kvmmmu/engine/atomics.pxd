@@ -42,6 +42,9 @@ cdef extern from "kvmmmu/lock.h" nogil:
         LINE_GUEST "KVMMMU_LINE_GUEST"
         LINE_SLOTS "KVMMMU_LINE_SLOTS"
         LINE_BUSY "KVMMMU_LINE_BUSY"
+        READERS_MEMBARRIER "KVMMMU_READERS_MEMBARRIER"
+    const uint64_t LINE_PLAIN "KVMMMU_LINE_PLAIN"
+    bint membarrier_register "kvmmmu_membarrier_register"()
     void cpu_pause "kvmmmu_pause"(unsigned spins)
     bint line_claim "kvmmmu_line_claim"(kvmmmu_line *line, uint64_t flags)
     void line_release "kvmmmu_line_release"(kvmmmu_line *line)
@@ -50,6 +53,8 @@ cdef extern from "kvmmmu/lock.h" nogil:
     void guest_enter "kvmmmu_guest_enter"(kvmmmu_line *line)
     void guest_exit "kvmmmu_guest_exit"(kvmmmu_line *line)
     bint in_guest "kvmmmu_in_guest"(const kvmmmu_line *line)
+    int reader_protocol "kvmmmu_reader_protocol"(const kvmmmu_line *line)
+    void readers_barrier "kvmmmu_readers_barrier"(const kvmmmu_line *line)
     void wait_line "kvmmmu_wait_line"(const kvmmmu_line *line, uint64_t flags, int point)
 
 

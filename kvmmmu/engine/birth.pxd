@@ -1,13 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """A VM and its vCPUs come into being and go: every main, the Python door or a native one, begins here."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint8_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 from kvmmmu.bits.spte cimport (
     spte_masks_ept, spte_masks_era, spte_masks_legacy, spte_masks_mmio, spte_masks_sme, spte_masks_ve,
 )
-from kvmmmu.engine.atomics cimport st_release_u32
+from kvmmmu.engine.atomics cimport LINE_PLAIN, membarrier_register, reader_protocol, st_release_u32
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.notifier cimport page_replaced
 from kvmmmu.engine.region cimport vm_slots_free, vm_slots_init
@@ -28,11 +28,18 @@ cdef enum:
     BIRTH_TOO_MANY = 4       # vCPUs
 
 
-cdef inline void *cache_line() noexcept nogil:
-    cdef void *p = aligned_alloc(64, 64)
+cdef inline void *lines_new(size_t size) noexcept nogil:
+    """Zeroed memory that shares no cache line with other memory: what one thread writes, another need not wait for."""
+    cdef size_t whole = (size + 63) & ~<size_t>63
+    cdef void *p = aligned_alloc(64, whole)
     if p != NULL:
-        memset(p, 0, 64)
+        memset(p, 0, whole)
     return p
+
+
+cdef inline void line_begin(const Vm *vm, kvmmmu_line *line) noexcept nogil:
+    if vm.plain_marks:
+        line.mode = LINE_PLAIN
 
 
 cdef inline int vm_birth(Vm *vm) noexcept nogil:
@@ -57,11 +64,14 @@ cdef inline int vm_birth(Vm *vm) noexcept nogil:
         spte_masks_era(&vm.masks, vm.switches.era, vm.host.maxphyaddr, vm.mmu == MMU_EPT)
     if vm.tdx:
         spte_masks_ve(&vm.masks)
-    vm.mmu_lock = <kvmmmu_rwlock *>cache_line()
-    vm.lines[0] = <kvmmmu_line *>cache_line()
+    vm.mmu_lock = <kvmmmu_rwlock *>lines_new(sizeof(kvmmmu_rwlock))
+    vm.lines[0] = <kvmmmu_line *>lines_new(sizeof(kvmmmu_line))
     vm.n_lines = 1
     if vm.mmu_lock == NULL or vm.lines[0] == NULL:
         return BIRTH_NO_MEMORY
+    vm.plain_marks = vm.plain_marks and membarrier_register()
+    line_begin(vm, vm.lines[0])
+    vm.reader_protocol = <uint8_t>reader_protocol(vm.lines[0])
     if not vm_slots_init(vm):
         return BIRTH_NO_SLOTS
     return BIRTH_OK if vm_memory_init(vm) else BIRTH_NO_ADDRESSES
@@ -86,9 +96,10 @@ cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
     """Give a zeroed vCPU, whose ``model`` and absent features are set, its number.  BIRTH_*; the VM then owns it."""
     cdef int born = BIRTH_TOO_MANY
     vcpu.vm = vm
-    vcpu.line = <kvmmmu_line *>cache_line()
+    vcpu.line = <kvmmmu_line *>lines_new(sizeof(kvmmmu_line))
     if vcpu.line == NULL:
         return BIRTH_NO_MEMORY
+    line_begin(vm, vcpu.line)
     slots_lock(vm)
     if vm.n_vcpus < MAX_VCPUS:
         born = BIRTH_OK

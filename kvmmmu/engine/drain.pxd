@@ -4,8 +4,8 @@
 from kvmmmu.engine.hooks cimport MUTANT_NO_SYNC, POINT_SYNC_WAIT, mutant
 from kvmmmu.engine.state cimport REQ_KICK, Vcpu, Vm
 from kvmmmu.engine.atomics cimport (
-    LINE_GUEST, LINE_SLOTS, fetch_and_u32, fetch_or_u32, full_barrier, ld_acquire_u32, ld_acquire_u64, spin_lock,
-    spin_unlock, wait_line,
+    LINE_GUEST, LINE_SLOTS, fetch_and_u32, fetch_or_u32, ld_acquire_u32, ld_acquire_u64, readers_barrier,
+    spin_lock, spin_unlock, wait_line,
 )
 
 
@@ -19,7 +19,7 @@ cdef inline void vm_drain(Vm *vm) noexcept nogil:
     cdef int i
     if mutant(vm, MUTANT_NO_SYNC):
         return
-    full_barrier()
+    readers_barrier(vm.lines[0])
     for i in range(<int>ld_acquire_u32(<const unsigned *>&vm.n_vcpus)):
         vcpu = vm.vcpus[i]
         kicked = (ld_acquire_u64(&vcpu.line.mode) & LINE_GUEST) != 0

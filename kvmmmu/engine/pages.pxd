@@ -180,6 +180,7 @@ cdef inline int32_t gfn_page_from(Vm *vm, int32_t id, uint64_t gfn) noexcept nog
 cdef inline int32_t page_take(Vm *vm) noexcept nogil:
     """The id of a page with 512 empty sptes; 0 at the hard limit."""
     cdef int32_t id
+    cdef bint untouched = False
     spin_lock(&vm.arena.lock)
     id = vm.arena.free
     if id:
@@ -187,7 +188,11 @@ cdef inline int32_t page_take(Vm *vm) noexcept nogil:
     elif vm.arena.top < vm.arena.limit:
         id = vm.arena.top
         vm.arena.top += 1
+        untouched = True
     spin_unlock(&vm.arena.lock)
+    if untouched:
+        # Were it read first, the host would give a page of zeros, then another, and stop all threads in between.
+        st_u64(page_sptes(vm, id), 0)
     return id
 
 cdef inline int32_t page_ready(Vm *vm, int32_t id) noexcept nogil:

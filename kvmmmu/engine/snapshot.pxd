@@ -8,6 +8,7 @@ A stream is sections: a tag, a length in bytes, then the bytes padded to whole w
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
+from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, slot_entries
@@ -54,6 +55,8 @@ cdef inline void snap_put(Stream *s, uint64_t tag, const void *data, uint64_t si
 
 
 cdef inline void snap_vm(Vm *vm, Stream *s) noexcept nogil:
+    cdef uint64_t stats[32]
+    cdef int i
     cdef uint64_t *w = [
         <uint64_t>vm.mmu, <uint64_t>vm.used_pages, <uint64_t>vm.max_pages, <uint64_t>vm.indirect_pages, vm.valid_gen,
         vm.rmaps, <uint64_t>vm.tdp_roots, <uint64_t>vm.active.head, <uint64_t>vm.active.tail, <uint64_t>vm.active.n,
@@ -65,7 +68,9 @@ cdef inline void snap_vm(Vm *vm, Stream *s) noexcept nogil:
         vm.switches.era, vm.masks.empty, vm.masks.address, vm.masks.me,
     ]
     snap_put(s, SNAP_VM, w, 37 * 8)
-    snap_put(s, SNAP_STATS, vm.stats, VM_STATS * 8)
+    for i in range(VM_STATS):
+        stats[i] = vm_stat(vm, i)
+    snap_put(s, SNAP_STATS, stats, VM_STATS * 8)
 
 
 cdef inline void snap_arena(Vm *vm, Stream *s) noexcept nogil:

@@ -11,6 +11,7 @@ from kvmmmu.bits.spte cimport (
     spte_mmu_writable, spte_present, spte_writable,
 )
 from kvmmmu.engine.atomics cimport fetch_add_u64, ld_acquire_u64, st_release_u64, xchg_u64
+from kvmmmu.engine.counters cimport page_stats_alone
 from kvmmmu.engine.lookup cimport vm_slot
 from kvmmmu.engine.memslots cimport gfn_to_rmap
 from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_at, spte_gfn, spte_page
@@ -55,13 +56,13 @@ cdef inline bint spte_update(Vm *vm, uint64_t *sptep, uint64_t spte) noexcept no
 
 
 cdef inline void page_stats(Vm *vm, int level, int64_t n) noexcept nogil:
-    # Under the TDP MMU several faults count at once.
+    # By any thread: under the TDP MMU several count at once.
     fetch_add_u64(&vm.stats[<int>STAT_PAGES_4K + level - 1], <uint64_t>n)
 
 cdef inline uint64_t rmap_add(Vm *vm, Slot *slot, uint64_t index, uint64_t gfn) noexcept nogil:
     """Enter a present leaf into its gfn's list; returns the entries there before."""
     cdef int level = role_level(page_at(vm, spte_page(index)).role)
-    page_stats(vm, level, 1)
+    page_stats_alone(vm, level, 1)
     return pte_list_add(vm, gfn_to_rmap(slot, gfn, level), index)
 
 
@@ -70,7 +71,7 @@ cdef inline uint64_t spte_clear(Vm *vm, uint64_t index) noexcept nogil:
     cdef uint64_t *sptep = spte_at(vm, index)
     cdef uint64_t old = spte_exchange(&vm.masks, sptep, 0)
     if spte_present(old):
-        page_stats(vm, role_level(page_at(vm, spte_page(index)).role), -1)
+        page_stats_alone(vm, role_level(page_at(vm, spte_page(index)).role), -1)
     return old
 
 cdef inline bint spte_drop(Vm *vm, uint64_t index) noexcept nogil:

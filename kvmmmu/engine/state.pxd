@@ -469,6 +469,7 @@ cdef struct Vcpu:
     uint64_t ahead_spte   # the spte last made ahead of its use, and its gfn: was it used, the table is alive
     uint64_t ahead_gfn
     uint64_t stats[64]    # written by the owner of the vCPU alone
+    uint64_t leaves[3]    # by level: what its faults under mmu_lock for read added to the VM's STAT_PAGES_*
     Tlb *tlb              # NULL: the processor caches nothing
     int32_t free_pages[8]  # taken from the arena before mmu_lock
     int n_free_pages
@@ -517,6 +518,8 @@ cdef struct Vm:
     SpteMasks masks
     Paging spte_format    # KVM's tables in the format the processor walks; root and roles filled per vCPU
     kvmmmu_rwlock *mmu_lock
+    uint8_t plain_marks   # asked for: vCPUs mark their lines by plain stores (lock.h)
+    uint8_t reader_protocol  # what came of it, KVMMMU_READERS_*
     kvmmmu_line *lines[65]  # 0: the VM's own, for who holds slots_lock; then those of the vCPUs
     int n_lines           # published last
     Vcpu *vcpus[64]

@@ -10,6 +10,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, cpu_pause, ld_u32, xchg_u32, xchg_u64
+from kvmmmu.engine.counters cimport page_stats_vcpu
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,
 )
@@ -44,17 +45,23 @@ cdef enum:
 cdef inline void tdp_changed(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, bint shared,
                              int32_t *doomed) noexcept nogil:
     """Account for a change already made; a table that lost its link is torn down."""
+    cdef int leaves = tdp_changed_by(vm, index, old, new_, shared, doomed)
+    if leaves:
+        page_stats(vm, role_level(page_at(vm, spte_page(index)).role), leaves)
+
+cdef inline int tdp_changed_by(Vm *vm, uint64_t index, uint64_t old, uint64_t new_, bint shared,
+                               int32_t *doomed) noexcept nogil:
+    """The same, but for the caller to count: how many leaves of the entry's level there are more."""
     cdef ShadowPage *sp = page_at(vm, spte_page(index))
     cdef int level = role_level(sp.role)
     cdef bint was_leaf = spte_present(old) and spte_is_last(old, level)
     cdef bint is_leaf = spte_present(new_) and spte_is_last(new_, level)
     if old == new_:
-        return
+        return 0
     ev_tdp_spte_changed(vm, -1, spte_gfn(vm, index), old, new_, level, role_as_id(sp.role))
-    if is_leaf != was_leaf:
-        page_stats(vm, level, 1 if is_leaf else -1)
     if spte_present(old) and not was_leaf and (not spte_present(new_) or (old ^ new_) & PT_ADDR_MASK):
         tdp_teardown(vm, spte_child(old), shared, doomed)
+    return <int>is_leaf - <int>was_leaf
 
 
 cdef inline uint64_t tdp_claim(Vm *vm, uint64_t *sptep) noexcept nogil:
@@ -159,6 +166,16 @@ cdef inline bint tdp_zap_entry(Vm *vm, uint64_t index, uint64_t old, int32_t *do
 
 # ---- faults ---------------------------------------------------------------------
 
+cdef inline bint tdp_set_leaf(Vcpu *vcpu, int level, uint64_t index, uint64_t old, uint64_t new_,
+                              int32_t *doomed) noexcept nogil:
+    """As ``tdp_set``, counted by the vCPU: faults that count in one word wait for it longer than they take."""
+    hook(vcpu.vm, POINT_TDP_SET)
+    if not cmpxchg_u64(spte_at(vcpu.vm, index), old, new_):
+        return False
+    page_stats_vcpu(vcpu, level, tdp_changed_by(vcpu.vm, index, old, new_, True, doomed))
+    return True
+
+
 cdef inline int32_t tdp_page_new(Vm *vm, int32_t id, int vcpu_id, uint64_t gfn, uint32_t role) noexcept nogil:
     """Make a page just allocated one of this MMU; 0 stays 0."""
     if id:
@@ -188,7 +205,7 @@ cdef inline int tdp_install(Vcpu *vcpu, Fault *f, uint64_t index, uint64_t old, 
         refused = leaf_make(vm, vcpu.id, sp, f.slot, ACC_ALL, gfn, f.pfn, old, f.prefetch, True, f.map_writable, &new_)
     if new_ == old:
         ret = RET_PF_SPURIOUS
-    elif not tdp_set(vm, index, old, new_, doomed):
+    elif not tdp_set_leaf(vcpu, level, index, old, new_, doomed):
         return RET_PF_RETRY
     elif spte_present(old) and not spte_is_last(old, level):
         flush_remote_tlbs(vm)

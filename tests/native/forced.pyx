@@ -11,6 +11,7 @@ from cases_walk cimport *
 from cases_life cimport *
 from cases_pass cimport *
 from cases_batch cimport *
+from cases_lock cimport *
 
 ctypedef int (*case_fn)(World *) noexcept nogil
 
@@ -113,6 +114,9 @@ cdef void cases_list(Cases *c) noexcept nogil:
     case_add(c, b"c42_batch_leaves_at_a_request", c42_batch_leaves_at_a_request,
              MMU_SHADOW, False, MUTANT_DEAF_BATCH, 0)
     case_add(c, b"c42_nested_batch_leaves", c42_batch_leaves_at_a_request, MMU_EPT, True, MUTANT_DEAF_BATCH, 0)
+    case_add(c, b"l1_long_wait_goes_first", l1_long_wait_goes_first, MMU_SHADOW, False, 0, 0)
+    case_add(c, b"l1_reader_goes_first", l1_reader_goes_first, MMU_EPT, True, 0, 0)
+    case_add(c, b"l2_short_wait_does_not", l2_short_wait_does_not, MMU_SHADOW, False, 0, 0)
 
 
 cdef int case_run(const Case *it, bint points) noexcept nogil:

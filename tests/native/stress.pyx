@@ -1,10 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Everything at once, round after round: vCPUs fault while slots, logs, host pages and quotas change under them.
 
-stress [--seconds N] [--seed S] [--snapshots] [--plant 1|2]: each round is a new machine under the next MMU.  The
-threads look at what they get and stop at the first answer that no order of events allows.  With --snapshots the state
-at each round's end goes to standard output (a word with its length, then the words) for whoever checks invariants; text
-goes to standard error.  --plant 1 is a data race, 2 a use after free: a sanitizer that finds neither looks at nothing.
+stress [--seconds N] [--seed S] [--membarrier] [--snapshots] [--plant 1|2]: each round is a new machine under the next
+MMU.  The threads look at what they get and stop at the first answer that no order of events allows.  With --snapshots
+the state at each round's end goes to standard output (a word with its length, then the words) for whoever checks
+invariants; text goes to standard error.  --membarrier: vCPUs mark their lines by plain stores.  --plant 1 is a data
+race, 2 a use after free: a sanitizer that finds neither looks at nothing.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
@@ -12,7 +13,9 @@ from libc.stdio cimport fflush, fprintf, fwrite, stderr, stdout
 from libc.stdlib cimport atoi, calloc, free, malloc
 from libc.string cimport memset, strcmp
 from kvmmmu.bits.constants cimport *
-from kvmmmu.engine.atomics cimport fetch_add_u64, ld_u32, spin_lock, spin_unlock, st_u32
+from kvmmmu.engine.atomics cimport (
+    READERS_MEMBARRIER, fetch_add_u64, ld_u32, spin_lock, spin_unlock, st_u32,
+)
 from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim, vcpu_claim_enter, vcpu_release
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
@@ -373,8 +376,9 @@ cdef bint put_snapshot(Vm *vm) noexcept nogil:
     free(words)
     return True
 
-cdef int round_run(int number, uint64_t seed, bint snapshots, int plant, uint64_t *operations) noexcept nogil:
-    """0: nothing was wrong."""
+cdef int round_run(int number, uint64_t seed, bint snapshots, int plant, bint *membarrier,
+                   uint64_t *operations) noexcept nogil:
+    """0: nothing was wrong.  ``membarrier``: asked for, and had."""
     cdef Stress s
     cdef Thread threads[8]
     cdef int i, wrong
@@ -386,12 +390,13 @@ cdef int round_run(int number, uint64_t seed, bint snapshots, int plant, uint64_
         mmu = MMU_NPT
     memset(&s, 0, sizeof(s))
     s.plant = plant
-    s.w = world_new(mmu, VCPUS, number & 3 != 3)
+    s.w = world_new_marked(mmu, VCPUS, number & 3 != 3, membarrier[0])
     # Four rounds of huge pages, four under the NX mitigation, four of small ones.
     s.max_level = 1 if (number >> 2) % 3 == 2 else 2
     if s.w == NULL or not stress_slots(&s) or not stress_guest(&s):
         fprintf(stderr, b"no memory for a machine\n")
         return 2
+    membarrier[0] = s.w.vm.reader_protocol == READERS_MEMBARRIER
     s.w.vm.switches.nx_huge_pages = (number >> 2) % 3 == 1
     # 3 vCPUs, two who change slots, one host.
     for i in range(VCPUS + 3):
@@ -418,11 +423,13 @@ cdef int round_run(int number, uint64_t seed, bint snapshots, int plant, uint64_
 cdef public int native_main(int argc, char **argv) noexcept nogil:
     cdef int i = 1, seconds = 30, number = 0, wrong = 0, plant = 0
     cdef uint64_t seed = 1, operations = 0
-    cdef bint snapshots = False
+    cdef bint snapshots = False, membarrier = False
     cdef time_t end
     while i < argc:
         if strcmp(argv[i], b"--snapshots") == 0:
             snapshots = True
+        elif strcmp(argv[i], b"--membarrier") == 0:
+            membarrier = True
         elif i + 1 < argc and strcmp(argv[i], b"--seconds") == 0:
             i += 1
             seconds = atoi(argv[i])
@@ -433,13 +440,13 @@ cdef public int native_main(int argc, char **argv) noexcept nogil:
             i += 1
             seed = <uint64_t>atoi(argv[i])
         else:
-            fprintf(stderr, b"usage: stress [--seconds N] [--seed S] [--snapshots] [--plant 1|2]\n")
+            fprintf(stderr, b"usage: stress [--seconds N] [--seed S] [--membarrier] [--snapshots] [--plant 1|2]\n")
             return 2
         i += 1
     end = time(NULL) + seconds
     while not wrong and time(NULL) < end:
-        wrong = round_run(number, seed, snapshots, plant, &operations)
+        wrong = round_run(number, seed, snapshots, plant, &membarrier, &operations)
         number += 1
-    fprintf(stderr, b"stress: %d rounds, %llu operations, %s\n", number, <unsigned long long>operations,
-            b"clean" if not wrong else b"FAILED")
+    fprintf(stderr, b"stress: %d rounds, %llu operations, readers by %s, %s\n", number, <unsigned long long>operations,
+            b"membarrier" if membarrier else b"exchange", b"clean" if not wrong else b"FAILED")
     return wrong

@@ -7,7 +7,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs
-from kvmmmu.engine.birth cimport BIRTH_OK, vcpu_birth, vm_birth, vm_bury
+from kvmmmu.engine.birth cimport BIRTH_OK, lines_new, vcpu_birth, vm_birth, vm_bury
 from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim_enter, vcpu_release
 from kvmmmu.engine.region cimport vm_set_region
 from kvmmmu.engine.registers cimport set_sregs
@@ -148,10 +148,14 @@ cdef inline bint vcpu_start(World *w, Vcpu *vcpu) noexcept nogil:
 
 cdef inline World *world_new(int mmu, int vcpus, bint tdp_mmu) noexcept nogil:
     """Slot 0 is RAM; every vCPU has paging on.  NULL: the machine has no memory."""
+    return world_new_marked(mmu, vcpus, tdp_mmu, False)
+
+cdef inline World *world_new_marked(int mmu, int vcpus, bint tdp_mmu, bint plain_marks) noexcept nogil:
+    """The same where vCPUs mark their lines by plain stores, if the system lets them."""
     cdef World *w = <World *>calloc(1, sizeof(World))
     cdef Vcpu *vcpu
     cdef int i
-    w.vm = <Vm *>calloc(1, sizeof(Vm))
+    w.vm = <Vm *>lines_new(sizeof(Vm))
     w.ram = <uint8_t *>aligned_alloc(2097152, RAM_PAGES << 12)
     w.extra = <uint8_t *>aligned_alloc(2097152, EXTRA_PAGES << 12)
     memset(w.ram, 0, RAM_PAGES << 12)
@@ -159,6 +163,7 @@ cdef inline World *world_new(int mmu, int vcpus, bint tdp_mmu) noexcept nogil:
     w.vm.mmu = mmu
     host_default(w.vm)
     w.vm.switches.tdp_mmu = tdp_mmu
+    w.vm.plain_marks = plain_marks
     if vm_birth(w.vm) != BIRTH_OK:
         return NULL
     w.next_table = TABLES
@@ -166,7 +171,7 @@ cdef inline World *world_new(int mmu, int vcpus, bint tdp_mmu) noexcept nogil:
     if slot_set(w, 0, 0, RAM_PAGES, w.ram, 0, 1) != ERR_NONE:
         return NULL
     for i in range(vcpus):
-        vcpu = <Vcpu *>calloc(1, sizeof(Vcpu))
+        vcpu = <Vcpu *>lines_new(sizeof(Vcpu))
         vcpu.model.maxphyaddr = 40
         vcpu.model.gbpages = 1
         if vcpu_birth(w.vm, vcpu) != BIRTH_OK or not vcpu_start(w, vcpu):
