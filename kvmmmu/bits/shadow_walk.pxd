@@ -1,11 +1,12 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The lockless shadow walk: each spte is read once, and only what was read decides."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 
 cdef extern from "kvmmmu/atomics.h" nogil:
     uint64_t kvmmmu_ld_acquire_u64(const uint64_t *p)
+    uint64_t kvmmmu_ready(uint64_t v)
 
 cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, uint64_t address,
                             uint64_t *sptes) noexcept nogil:
@@ -16,12 +17,12 @@ cdef inline int shadow_walk(const uint64_t *arena, uint64_t table, int level, ui
     """
     # A table's number is its place in the arena, so the address bits of an entry are the offset of the next table; the
     # arena holds 2^20 tables at most, and bits above are no part of it (a C-bit).
-    cdef const uint8_t *base = <const uint8_t *>arena
     cdef uint64_t offset = table << 12
-    cdef uint64_t spte
+    cdef uint64_t spte, place
     while True:
-        # The entry's index, times its eight bytes.
-        spte = kvmmmu_ld_acquire_u64(<const uint64_t *>(base + ((address >> (9 * level)) & 0xff8) + offset))
+        # The entry's index, times its eight bytes: what the load before gave is added last.
+        place = kvmmmu_ready(<uint64_t>arena + ((address >> (9 * level)) & 0xff8))
+        spte = kvmmmu_ld_acquire_u64(<const uint64_t *>(place + offset))
         sptes[level] = spte
         if level == LEVEL_4K or not spte & SPTE_MMU_PRESENT or spte & PT_PAGE_SIZE_MASK:
             return level

@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.mmio cimport mmio_gen_valid, mmio_spte_access, mmio_spte_gen, mmio_spte_gfn
-from kvmmmu.bits.paging cimport rsvd_fault
+from kvmmmu.bits.paging cimport Paging, rsvd_fault
 from kvmmmu.bits.shadow_walk cimport shadow_walk
 from kvmmmu.bits.spte cimport (
     spte_acc_tracked, spte_child, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present,
@@ -77,6 +77,21 @@ cdef inline int mmio_not_found(Vm *vm, bint direct, uint64_t spte) noexcept nogi
     return RET_PF_INVALID if vm.switches.era & ERA_MMIO_MISS_FAULTS else RET_PF_RETRY
 
 
+cdef inline bint walk_is_broken(const Paging *hw, const uint64_t *sptes, int leaf, int top) noexcept nogil:
+    """A present entry of a walk has a reserved bit."""
+    cdef uint64_t some = 0
+    cdef int level
+    # Links are present and map no page; almost always one look at all of them is enough.
+    for level in range(leaf + 1, top + 1):
+        some |= sptes[level]
+    if (hw.bad_mt_xwr or some & (hw.rsvd[0][LEVEL_2M] | hw.rsvd[0][LEVEL_1G] | hw.rsvd[0][LEVEL_512G]
+                                 | hw.rsvd[0][LEVEL_256T])):
+        for level in range(leaf + 1, top + 1):
+            if rsvd_fault(hw, level, sptes[level]):
+                return True
+    return spte_present(sptes[leaf]) and rsvd_fault(hw, leaf, sptes[leaf]) != 0
+
+
 cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     """A reserved-bit fault: EMULATE, RETRY, INVALID (stale, take the real path) or ERR_INVAL (a bug).
 
@@ -87,7 +102,7 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     cdef uint64_t sptes[6]
     cdef uint64_t spte, gfn, gen
     cdef uint32_t access
-    cdef int level, leaf, top
+    cdef int leaf, top
     cdef bint cached
     if direct:
         cached = mmio_match_gpa(vcpu, address)
@@ -107,10 +122,8 @@ cdef inline int handle_mmio_fault(Vcpu *vcpu, uint64_t address) noexcept nogil:
     if leaf == 0:
         return RET_PF_RETRY
     spte = sptes[leaf]
-    if not vm.switches.era & (ERA_MMIO_BUG_OTHER | ERA_MMIO_BUG_PRESENT):
-        for level in range(leaf, top + 1):
-            if spte_present(sptes[level]) and rsvd_fault(&vcpu.hw, level, sptes[level]):
-                return ERR_INVAL
+    if not vm.switches.era & (ERA_MMIO_BUG_OTHER | ERA_MMIO_BUG_PRESENT) and walk_is_broken(&vcpu.hw, sptes, leaf, top):
+        return ERR_INVAL
     if not spte_is_mmio(&vm.masks, spte):
         return mmio_not_found(vm, direct, spte)
     gfn = mmio_spte_gfn(&vm.masks, spte)

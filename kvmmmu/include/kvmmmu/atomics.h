@@ -38,6 +38,13 @@ static inline void kvmmmu_st_release_ptr(void *p, const void *v)
     __atomic_store_n((void **)p, (void *)v, __ATOMIC_RELEASE);
 }
 
+/* A sum that is ready before the load whose result is added to it, and is not taken apart again. */
+static inline uint64_t kvmmmu_ready(uint64_t v)
+{
+    __asm__("" : "+r"(v));
+    return v;
+}
+
 #if defined(__SANITIZE_THREAD__)
 #define KVMMMU_FENCE() ((void)0) /* not modelled there; the exchanges beside it are */
 #else
