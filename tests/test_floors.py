@@ -173,6 +173,37 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(upward_imports(face)) == 2
 
 
+_CIMPORT = re.compile(r"^from [\w.]+ cimport (\([^)]*\)|[^\n(]+)$", re.M)
+
+
+def unused_cimports(text: str) -> list[str]:
+    unused = []
+    for statement in _CIMPORT.finditer(text):
+        rest = text[: statement.start()] + text[statement.end() :]
+        for name in re.findall(r"\w+(?=\s*(?:,|\)|$))", statement[1]):
+            if not re.search(rf"\b{name}\b", rest):
+                unused.append(name)
+    return unused
+
+
+# ``state`` passes on the structs of ``answers``; the package's own names are for those who cimport it.
+@pytest.mark.parametrize("path", [path for path in KERNELS if path.name not in ("state.pxd", "__init__.pxd")], ids=ids)
+def test_what_a_room_cimports_it_uses(path: Path) -> None:
+    assert unused_cimports(path.read_text()) == []
+
+
+def test_an_unused_cimport_would_be_seen() -> None:
+    assert unused_cimports("from a cimport (\n    b, c,\n)\nfrom d cimport e, f\nb(e)\n") == ["c", "f"]
+
+
+def test_every_function_of_the_engine_has_a_caller() -> None:
+    users = [*CYTHON, *(ROOT / "tests").rglob("*.p*x*"), *(ROOT / "benchmarks").glob("*.pyx")]
+    text = _CIMPORT.sub("", "\n".join(path.read_text() for path in users))
+    for path in (PACKAGE / "engine").glob("*.pxd"):
+        for name in re.findall(r"^cdef inline [^(\n]*?(\w+)\(", path.read_text(), re.M):
+            assert len(re.findall(rf"\b{name}\b", text)) > 1, f"{ids(path)}: nobody calls {name}"
+
+
 @pytest.mark.parametrize("path", [path for path in CYTHON if path.stat().st_size], ids=ids)
 def test_every_cython_file_begins_with_the_directive_line(path: Path) -> None:
     assert path.read_text().splitlines()[0] == DIRECTIVES

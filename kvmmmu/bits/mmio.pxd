@@ -7,7 +7,7 @@ Linux 5.17 and later: generation bits 0..7 stand in spte 3..10, bits 8..18 in
 
 from libc.stdint cimport uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport SpteMasks, spte_is_mmio
+from kvmmmu.bits.spte cimport SpteMasks
 
 cdef inline uint64_t mmio_gen_bits(uint64_t gen) noexcept nogil:
     """Spread a generation number over its two fields."""

@@ -6,7 +6,7 @@ tables (the guest's MAXPHYADDR) and KVM's own (the host's).
 SDM vol. 3A sections 4.3 to 4.5 and 4.6, vol. 3C section 29.3.2; APM vol. 2 section 5.3.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport bits_between
 

@@ -2,7 +2,7 @@
 """Names for the operations of ``kvmmmu/atomics.h`` and for the lines of ``kvmmmu/lock.h``."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from kvmmmu.engine.state cimport kvmmmu_line, kvmmmu_rwlock
+from kvmmmu.engine.state cimport kvmmmu_line
 
 cdef extern from "kvmmmu/atomics.h" nogil:
     uint64_t ld_u64 "kvmmmu_ld_u64"(const uint64_t *p)

@@ -4,7 +4,6 @@
 from libc.stdint cimport uint32_t, uint8_t
 from libc.stdlib cimport free
 from libc.string cimport memset
-from kvmmmu.bits.paging cimport CpuModel
 from kvmmmu.bits.spte cimport (
     spte_masks_ept, spte_masks_era, spte_masks_legacy, spte_masks_mmio, spte_masks_sme, spte_masks_ve,
 )

@@ -13,7 +13,7 @@ from kvmmmu.bits.paging cimport *
 from kvmmmu.engine.batch cimport BATCH_WALK, translate_many
 from kvmmmu.engine.state cimport MemMap, Translation
 from kvmmmu.engine.translate cimport translate_each
-from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory, walk_nested, walk_second
+from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory, walk_nested
 
 cdef enum:
     STAGE_PLAIN = 0

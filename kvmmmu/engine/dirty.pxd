@@ -5,10 +5,10 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_present
 from kvmmmu.engine.atomics cimport fetch_and_u64, ld_u64, xchg_u64
-from kvmmmu.engine.drain cimport slots_lock, slots_unlock
+from kvmmmu.engine.drain cimport slots_lock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, gfn_to_rmap, level_pages
-from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_at, spte_page
+from kvmmmu.engine.pages cimport page_at, role_level, spte_at, spte_page
 from kvmmmu.engine.passes cimport PASS_COLLAPSE, PASS_PROTECT, PASS_SPLIT, tdp_each_root, tdp_slot_pass
 from kvmmmu.engine.pfns cimport max_mapping_level
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first, pte_list_next

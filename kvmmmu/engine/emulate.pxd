@@ -12,9 +12,9 @@ from kvmmmu.engine.hooks cimport POINT_STORED, hook
 from kvmmmu.engine.hostpages cimport host_read, host_write
 from kvmmmu.engine.lookup cimport slot_mark_dirty, vcpu_slot
 from kvmmmu.engine.memslots cimport slot_host, slot_visible
-from kvmmmu.engine.mmiocache cimport mmio_cache_clear_gva, mmio_match_gpa, mmio_match_gva
+from kvmmmu.engine.mmiocache cimport mmio_match_gpa, mmio_match_gva
 from kvmmmu.engine.pfns cimport slot_readonly
-from kvmmmu.engine.roles cimport is_paging, tdp_enabled
+from kvmmmu.engine.roles cimport is_paging
 from kvmmmu.engine.roots cimport invlpg_root
 from kvmmmu.engine.state cimport (
     Access, OUTCOME_GP, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, OUTCOME_SHUTDOWN,

@@ -170,9 +170,6 @@ cdef inline void ev_mmio(Vm *vm, uint32_t vcpu_id, int type, int length, uint64_
     """``type``: MMIO_READ_UNSATISFIED, MMIO_READ or MMIO_WRITE."""
     event_emit(vm, vcpu_id, EV_KVM_MMIO, type, length, gpa, value, 0, 0, 0)
 
-cdef inline void ev_fast_mmio(Vm *vm, uint32_t vcpu_id, uint64_t gpa) noexcept nogil:
-    event_emit(vm, vcpu_id, EV_KVM_FAST_MMIO, gpa, 0, 0, 0, 0, 0, 0)
-
 
 # ---- around the MMU -------------------------------------------------------------------------
 
@@ -199,13 +196,6 @@ cdef inline void ev_exit(Vm *vm, uint32_t vcpu_id, uint32_t isa, uint64_t reason
                          uint64_t info2, uint32_t intr, uint32_t err) noexcept nogil:
     event_emit(vm, vcpu_id, EV_KVM_EXIT, isa, reason, rip, info1, info2, intr, err)
 
-cdef inline void ev_cr(Vm *vm, uint32_t vcpu_id, bint write, int cr, uint64_t value) noexcept nogil:
-    event_emit(vm, vcpu_id, EV_KVM_CR, write, cr, value, 0, 0, 0, 0)
-
-cdef inline void ev_msr(Vm *vm, uint32_t vcpu_id, bint write, uint32_t index, uint64_t value,
-                        bint refused) noexcept nogil:
-    event_emit(vm, vcpu_id, EV_KVM_MSR, write, index, value, refused, 0, 0, 0)
-
 cdef inline void ev_unmap_hva_range(Vm *vm, uint64_t start_hva, uint64_t end_hva) noexcept nogil:
     event_emit(vm, ~<uint32_t>0, EV_KVM_UNMAP_HVA_RANGE, start_hva, end_hva, 0, 0, 0, 0, 0)
 
@@ -214,12 +204,6 @@ cdef inline void ev_age_page(Vm *vm, uint64_t hva, uint64_t gfn, bint young) noe
 
 cdef inline void ev_set_spte_hva(Vm *vm, uint64_t hva) noexcept nogil:
     event_emit(vm, ~<uint32_t>0, EV_KVM_SET_SPTE_HVA, hva, 0, 0, 0, 0, 0, 0)
-
-cdef inline void ev_age_hva(Vm *vm, uint64_t start_hva, uint64_t end_hva) noexcept nogil:
-    event_emit(vm, ~<uint32_t>0, EV_KVM_AGE_HVA, start_hva, end_hva, 0, 0, 0, 0, 0)
-
-cdef inline void ev_test_age_hva(Vm *vm, uint64_t hva) noexcept nogil:
-    event_emit(vm, ~<uint32_t>0, EV_KVM_TEST_AGE_HVA, hva, 0, 0, 0, 0, 0, 0)
 
 
 # ---- the reader's side ------------------------------------------------------------------------

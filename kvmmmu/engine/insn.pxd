@@ -11,7 +11,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.paging cimport FAULT_NONE
 from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, guest_store
-from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, PIECE_MMIO, emulate_transfer, inject_guest_fault
+from kvmmmu.engine.emulate cimport PIECE_FAULT, PIECE_MEMORY, emulate_transfer, inject_guest_fault
 from kvmmmu.engine.events cimport MMIO_READ, MMIO_READ_UNSATISFIED, ev_emulate_insn, ev_mmio
 from kvmmmu.engine.guest cimport guest_host, guest_walk
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
@@ -23,9 +23,8 @@ from kvmmmu.engine.pfns cimport gfn_to_pfn, pfn_is_error, slot_readonly
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.roles cimport tdp_enabled
 from kvmmmu.engine.state cimport (
-    Access, INSN_ADD, INSN_CMPXCHG, INSN_FETCH, INSN_LOAD, INSN_MOVS, INSN_STORE, Insn, MmioExit,
-    OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, PATH_EMULATED, PATH_FAULT,
-    SUBERROR_EMULATION, Slot,
+    Access, INSN_ADD, INSN_CMPXCHG, INSN_FETCH, INSN_LOAD, INSN_MOVS, INSN_STORE, Insn, MmioExit, OUTCOME_HANG,
+    OUTCOME_INTERNAL_ERROR, OUTCOME_MMIO, OUTCOME_OK, PATH_EMULATED, PATH_FAULT, SUBERROR_EMULATION, Slot,
     VSTAT_INSN_EMULATION, VSTAT_INSN_EMULATION_FAIL, Vcpu,
 )
 from kvmmmu.engine.vcpu cimport (

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Making one leaf: which bits it gets, and what installing it did."""
 
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport (
@@ -12,14 +12,9 @@ from kvmmmu.engine.hooks cimport POINT_SPTE_WRITE, hook
 from kvmmmu.engine.locks cimport readers_drain
 from kvmmmu.engine.lookup cimport slot_mark_dirty
 from kvmmmu.engine.memslots cimport gfn_to_rmap, slots_generation, vm_slots
-from kvmmmu.engine.memslots cimport level_pages
-from kvmmmu.engine.pages cimport (
-    page_at, role_as_id, role_level, spte_at, spte_page, spte_set_shadowed,
-)
+from kvmmmu.engine.pages cimport page_at, role_level, spte_at, spte_page, spte_set_shadowed
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first
-from kvmmmu.engine.sptes cimport (
-    page_stats, parent_remove, rmap_add, spte_clear, spte_drop, spte_read, spte_update, spte_write,
-)
+from kvmmmu.engine.sptes cimport parent_remove, rmap_add, spte_drop, spte_read, spte_update, spte_write
 from kvmmmu.engine.state cimport (
     Fault, MMIO_GENERATION, STAT_MAX_MMU_RMAP_SIZE, ShadowPage, Slot, VSTAT_PF_MMIO_SPTE_CREATED, Vcpu, Vm,
 )

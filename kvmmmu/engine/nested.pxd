@@ -8,12 +8,12 @@ tables below it): after every such store all that is remembered is dropped, and 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport walk_rights
-from kvmmmu.bits.paging cimport FAULT_EPT_VIOLATION, FAULT_NONE, FMT_32, FMT_64, FMT_EPT, FMT_NONE, FMT_PAE, Paging
+from kvmmmu.bits.paging cimport FAULT_EPT_VIOLATION, FAULT_NONE, FMT_32, FMT_64, FMT_PAE, Paging
 from kvmmmu.engine.accept cimport accepted
 from kvmmmu.engine.nestedcache cimport Nested, nested_fill, nested_forget, second_find
 from kvmmmu.engine.pdecache cimport (
-    FOUND_LARGE, FOUND_NOTHING, KVMMMU_PDE_LARGE, PDE_SLOTS, TABLE_RIGHTS, LargePage, leaf_load, leaf_place,
-    pde_large_page, pde_shift,
+    FOUND_LARGE, KVMMMU_PDE_LARGE, PDE_SLOTS, TABLE_RIGHTS, LargePage, leaf_load, leaf_place, pde_large_page,
+    pde_shift,
 )
 from kvmmmu.engine.ring cimport RING_FREE, RING_ROWS, Ring, prefetch, ring_init
 from kvmmmu.engine.rows cimport Batch, rows_refused, rows_repeat

@@ -8,11 +8,11 @@ was granted to that one.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_PAE, Paging
+from kvmmmu.bits.paging cimport FMT_64, Paging
 from kvmmmu.engine.accept cimport Accept, accept_init, accepted
 from kvmmmu.engine.pdecache cimport (
-    DIR_SLOTS, FOUND_LARGE, FOUND_NOTHING, FOUND_TABLE, PDE_SLOTS, TABLE_RIGHTS, PdeCache, leaf_load, leaf_place,
-    pde_find, pde_forget, pde_init, pde_judge, pde_keep, pde_large, pde_large_page, pde_lowest, pde_pack,
+    DIR_SLOTS, FOUND_LARGE, FOUND_NOTHING, FOUND_TABLE, TABLE_RIGHTS, PdeCache, leaf_load, leaf_place, pde_find,
+    pde_forget, pde_init, pde_judge, pde_keep, pde_large, pde_large_page, pde_lowest, pde_pack,
 )
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_last, window_host
 from kvmmmu.engine.rows cimport Batch

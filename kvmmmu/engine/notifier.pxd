@@ -3,16 +3,13 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.spte cimport spte_is_last, spte_present
 from kvmmmu.engine.atomics cimport guest_store, spin_lock, spin_unlock, st_release_u32, st_u8
 from kvmmmu.engine.events cimport ev_age_page, ev_set_spte_hva, ev_unmap_hva_range
 from kvmmmu.engine.hooks cimport MUTANT_NO_SEQ, POINT_NOTIFIER, hook, mutant
-from kvmmmu.engine.hostpages cimport (
-    HOSTPAGE_ABSENT, HOSTPAGE_PRESENT, HOSTPAGE_SMALL, HOSTPAGE_STATE, host_state, host_state_set,
-)
+from kvmmmu.engine.hostpages cimport HOSTPAGE_ABSENT, HOSTPAGE_PRESENT, HOSTPAGE_SMALL, host_state, host_state_set
 from kvmmmu.engine.leaf cimport rmap_zap_all
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.memslots cimport level_pages, slot_entries, slot_host_level, slot_pfn, vm_slots
+from kvmmmu.engine.memslots cimport level_pages, slot_host_level, slot_pfn, vm_slots
 from kvmmmu.engine.state cimport ADDRESS_SPACES, Slot, SlotSet, Vm
 from kvmmmu.engine.tdp cimport tdp_zap_gfns
 from kvmmmu.engine.tlb cimport flush_remote_tlbs

@@ -6,7 +6,7 @@ from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_child
 from kvmmmu.engine.state cimport (
-    HASH_BITS, LIST_ACTIVE, LIST_CACHED, LIST_FREE, LIST_INVALID, LIST_NONE, PAGE_CACHE, PageList, ShadowPage, Vcpu, Vm,
+    HASH_BITS, LIST_CACHED, LIST_FREE, LIST_NONE, PAGE_CACHE, PageList, ShadowPage, Vcpu, Vm,
 )
 from kvmmmu.engine.atomics cimport (
     ld_acquire_u64, ld_u16, ld_u32, ld_u64, ld_u8, spin_lock, spin_unlock, st_u16, st_u32, st_u64,
@@ -70,13 +70,6 @@ cdef inline uint64_t spte_gfn(Vm *vm, uint64_t index) noexcept nogil:
     if not role & ROLE_DIRECT:
         return ld_u64(&vm.arena.shadowed[index]) >> 12
     return sp.gfn + ((index & 511) << (9 * (role_level(role) - 1)))
-
-cdef inline uint32_t spte_access(Vm *vm, uint64_t index) noexcept nogil:
-    cdef ShadowPage *sp = page_at(vm, spte_page(index))
-    if role_has_gptes(sp.role):
-        return <uint32_t>(vm.arena.shadowed[index] & ACC_ALL)
-    # Direct pages map with one access everywhere, bar the NX huge page split.
-    return role_access(sp.role)
 
 cdef inline void spte_set_shadowed(Vm *vm, uint64_t index, uint64_t gfn, uint32_t access) noexcept nogil:
     if role_has_gptes(page_at(vm, spte_page(index)).role):

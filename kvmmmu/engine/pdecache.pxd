@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport WALK_LEAF, Walk, walk_entry_offset, walk_finish, walk_level_shift
-from kvmmmu.bits.paging cimport FAULT_NONE, FMT_32, FMT_64, FMT_EPT, Paging
+from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_EPT, Paging
 from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_entry, quick_last, window_host
 from kvmmmu.engine.state cimport MemMap

@@ -10,8 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk, walk_entry_offset, walk_level_shift, walk_present, walk_rights
 from kvmmmu.bits.paging cimport (
-    DIALECT_SDM, FAULT_NONE, FMT_32, FMT_64, FMT_EPT, FMT_NONE, FMT_PAE, Paging, permission_fault, rsvd_fault,
-    va_canonical,
+    DIALECT_SDM, FAULT_NONE, FMT_32, FMT_64, FMT_EPT, FMT_PAE, Paging, permission_fault, rsvd_fault, va_canonical,
 )
 from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.memory cimport memmap_find

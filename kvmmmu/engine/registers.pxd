@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Control registers: what writing one does to the MMU."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs, va_canonical
@@ -16,7 +16,6 @@ from kvmmmu.engine.roots cimport (
 from kvmmmu.engine.tlb cimport flush_own_tlb
 from kvmmmu.engine.state cimport (
     MMU_NPT, MMU_SHADOW, PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, VSTAT_INVLPG, Vcpu,
-    Vm,
 )
 from kvmmmu.engine.tlbcache cimport tlb_retag
 from kvmmmu.engine.tlbflush cimport (

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """A recorded run, event by event: each is done by the vCPU and compared with its record."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport CpuRegs
 from kvmmmu.engine.locks cimport guest_leave

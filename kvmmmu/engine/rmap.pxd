@@ -123,14 +123,3 @@ cdef inline uint64_t pte_list_next(Vm *vm, PteIter *it) noexcept nogil:
         if it.block == 0:
             return 0
     return desc_at(vm, it.block).sptes[it.i]
-
-cdef inline uint64_t pte_list_count(Vm *vm, uint64_t head) noexcept nogil:
-    cdef uint64_t n = 0
-    cdef uint32_t block
-    if (head & HEAD_KIND) != HEAD_MANY:
-        return 1 if head else 0
-    block = <uint32_t>(head >> 2)
-    while block:
-        n += desc_at(vm, block).count
-        block = desc_at(vm, block).more
-    return n

@@ -17,7 +17,7 @@ from kvmmmu.engine.pages cimport (
     role_level, role_with_level, role_with_quadrant, root_table,
 )
 from kvmmmu.engine.rewrite cimport table_rewrite
-from kvmmmu.engine.roles cimport hw_root, is_long_mode, is_paging, roles_refresh, tdp_enabled
+from kvmmmu.engine.roles cimport hw_root, is_long_mode, roles_refresh, tdp_enabled
 from kvmmmu.engine.shadow cimport page_get
 from kvmmmu.engine.state cimport (
     ERR_NOSPC, PREV_ROOTS, PageList, REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH,

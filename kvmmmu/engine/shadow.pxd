@@ -1,17 +1,15 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Building the tree: find or make a page, link it, map a translation into it."""
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present
-from kvmmmu.engine.atomics cimport fetch_add_u64, st_u32
+from kvmmmu.engine.atomics cimport st_u32
 from kvmmmu.engine.events cimport ev_get_page, ev_spte_requested
 from kvmmmu.engine.guest cimport gpte_changed
 from kvmmmu.engine.hooks cimport MUTANT_LINK_EARLY, POINT_LINK, POINT_LINKED, POINT_UNLINKED, hook, mutant
-from kvmmmu.engine.leaf cimport (
-    RET_PF_CONTINUE, RET_PF_RETRY, RET_PF_SPURIOUS, leaf_install,
-)
+from kvmmmu.engine.leaf cimport RET_PF_RETRY, RET_PF_SPURIOUS, leaf_install
 from kvmmmu.engine.locks cimport kvmmmu_reading_begin, kvmmmu_reading_end
 from kvmmmu.engine.memslots cimport level_pages
 from kvmmmu.engine.locks cimport request

@@ -5,7 +5,7 @@ A stream is sections: a tag, a length in bytes, then the bytes padded to whole w
 ``kvmmmu/check/snapshot.py`` reads it and knows the same tags and field orders.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.counters cimport vm_stat
@@ -13,7 +13,7 @@ from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, slot_entries
 from kvmmmu.engine.state cimport (
-    ADDRESS_SPACES, Arena, HASH_BITS, PREV_ROOTS, PteDesc, Root, Segment, ShadowPage, Slot, Vcpu, VM_STATS, Vm,
+    ADDRESS_SPACES, Arena, HASH_BITS, PteDesc, Segment, ShadowPage, Slot, Vcpu, VM_STATS, Vm,
 )
 
 cdef enum:

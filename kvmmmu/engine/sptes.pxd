@@ -4,20 +4,17 @@
 Every function that can take a right away returns whether it needs a flush.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport (
     SpteMasks, spte_accessed_mask, spte_child, spte_dirty_mask, spte_has_volatile_bits, spte_is_last,
-    spte_is_mmio, spte_mmu_writable, spte_present, spte_writable,
+    spte_mmu_writable, spte_present, spte_writable,
 )
 from kvmmmu.engine.atomics cimport fetch_add_u64, ld_acquire_u64, st_release_u64, xchg_u64
 from kvmmmu.engine.counters cimport page_stats_alone
 from kvmmmu.engine.lookup cimport vm_slot
 from kvmmmu.engine.memslots cimport gfn_to_rmap
-from kvmmmu.engine.pages cimport (
-    page_at, page_sptes, role_as_id, role_level, spte_at, spte_gfn, spte_page,
-    unsync_bit_clear,
-)
+from kvmmmu.engine.pages cimport page_at, role_as_id, role_level, spte_at, spte_gfn, spte_page
 from kvmmmu.engine.rmap cimport pte_list_add, pte_list_remove
 from kvmmmu.engine.state cimport STAT_PAGES_4K, ShadowPage, Slot, Vm
 

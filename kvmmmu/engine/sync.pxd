@@ -10,7 +10,7 @@ from kvmmmu.engine.guest cimport gpte_gfn, gpte_load, guest_host_atomic
 from kvmmmu.engine.leaf cimport leaf_make, leaf_mark_mmio
 from kvmmmu.engine.lookup cimport vcpu_slot, vm_slot
 from kvmmmu.engine.pages cimport (
-    level_index, page_at, page_sptes, role_as_id, role_level, spte_at, spte_gfn, spte_set_shadowed, unsync_bit_clear,
+    level_index, page_at, role_as_id, role_level, spte_at, spte_gfn, spte_set_shadowed, unsync_bit_clear,
 )
 from kvmmmu.engine.prefetch cimport gpte_clean_access, gpte_unusable, page_gpte_gpa, prefetch_gpte
 from kvmmmu.engine.sptes cimport spte_drop, spte_read, spte_update, spte_write, spte_zap

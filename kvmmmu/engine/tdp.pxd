@@ -9,7 +9,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.mmio cimport mmio_spte_gen, mmio_spte_make
 from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_make_nonleaf, spte_present
-from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, cpu_pause, fetch_add_u64, ld_u32, xchg_u32, xchg_u64
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, cpu_pause, ld_u32, xchg_u32, xchg_u64
 from kvmmmu.engine.counters cimport page_stats_vcpu
 from kvmmmu.engine.events cimport (
     ev_get_page, ev_mark_mmio_spte, ev_prepare_zap_page, ev_set_spte, ev_spte_requested, ev_tdp_spte_changed,

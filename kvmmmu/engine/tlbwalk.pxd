@@ -14,7 +14,7 @@ from kvmmmu.engine.hostmem cimport vm_hostmem
 from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.pscache cimport psc_drop, psc_remember, psc_resume
 from kvmmmu.engine.state cimport (
-    MMU_SHADOW, MemMap, PscArray, PscEntry, TLB_FETCH, TLB_READ, TLB_WRITE, Tlb, TlbEntry, VSTAT_NESTED_REF_L1,
+    MMU_SHADOW, MemMap, PscArray, PscEntry, TLB_FETCH, TLB_READ, TLB_WRITE, TlbEntry, VSTAT_NESTED_REF_L1,
     VSTAT_TLB_HIT, VSTAT_TLB_MISS, VSTAT_TLB_NESTED_HIT, VSTAT_TLB_NESTED_MISS, VSTAT_WALK_CACHE_HIT,
     VSTAT_WALK_REF_L1, Vcpu,
 )

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Who may write a guest table: write protection, unsync pages, large-page vetoes."""
 
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_child, spte_present, spte_writable
 from kvmmmu.engine.atomics cimport full_barrier, ld_u16, st_u16, st_u64, st_u8

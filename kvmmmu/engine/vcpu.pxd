@@ -2,7 +2,7 @@
 """One vCPU at work: the processor tries, KVM repairs, until the access ends somewhere."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk
 from kvmmmu.bits.paging cimport (

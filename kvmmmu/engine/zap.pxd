@@ -4,20 +4,19 @@
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_child, spte_is_last, spte_present
-from kvmmmu.engine.atomics cimport fetch_add_u64, st_u8
+from kvmmmu.engine.atomics cimport st_u8
 from kvmmmu.engine.events cimport ev_prepare_zap_page, ev_sync_page, ev_zap_all_fast
 from kvmmmu.engine.hooks cimport POINT_FLUSHED, POINT_FREED, POINT_ROOTS_REQUESTED, POINT_UNLINKED, hook
 from kvmmmu.engine.locks cimport request_all
 from kvmmmu.engine.pages cimport (
-    gfn_first_page, gfn_next_page, hash_del, list_add_head, list_add_tail, list_del, page_at, page_free,
-    page_invalidate, page_obsolete,
-    page_sptes, page_unsync_bits, role_has_gptes, role_level, spte_page, unsync_bit_clear,
+    gfn_first_page, hash_del, list_add_head, list_add_tail, list_del, page_at, page_free, page_invalidate,
+    page_obsolete, page_sptes, page_unsync_bits, role_has_gptes, role_level, unsync_bit_clear,
 )
 from kvmmmu.engine.nxpages cimport nx_forget
 from kvmmmu.engine.rmap cimport PteIter, pte_list_first
 from kvmmmu.engine.sptes cimport parent_remove, spte_zap
 from kvmmmu.engine.state cimport (
-    LIST_ACTIVE, LIST_INVALID, LIST_NONE, PageList, REQ_FREE_OBSOLETE_ROOTS, STAT_MMU_RECYCLED, STAT_MMU_SHADOW_ZAPPED,
+    LIST_ACTIVE, LIST_INVALID, PageList, REQ_FREE_OBSOLETE_ROOTS, STAT_MMU_RECYCLED, STAT_MMU_SHADOW_ZAPPED,
     STAT_MMU_UNSYNC, ShadowPage, Vm,
 )
 from kvmmmu.engine.tlb cimport flush_remote_tlbs

@@ -3,7 +3,6 @@
 
 from libc.stdint cimport int32_t, uint64_t, uint8_t
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.mmio cimport mmio_spte_gen
 from kvmmmu.bits.paging cimport CpuRegs
 from kvmmmu.bits.spte cimport spte_is_mmio, spte_masks_ept, spte_present, spte_writable
 from kvmmmu.engine.emulate cimport piece_memory
@@ -17,8 +16,8 @@ from kvmmmu.engine.registers cimport set_sregs
 from kvmmmu.engine.roles cimport roles_refresh
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport (
-    LIST_ACTIVE, LIST_FREE, OUTCOME_MMIO, OUTCOME_OK, VSTAT_MMIO_CACHE_HIT, VSTAT_PF_FAST, VSTAT_PF_MMIO_SPTE_CREATED,
-    VSTAT_PF_TAKEN, Vcpu,
+    LIST_FREE, OUTCOME_MMIO, OUTCOME_OK, VSTAT_MMIO_CACHE_HIT, VSTAT_PF_FAST, VSTAT_PF_MMIO_SPTE_CREATED,
+    VSTAT_PF_TAKEN,
 )
 from kvmmmu.engine.zap cimport zap_all_fast, zap_oldest
 from turns cimport *

@@ -10,12 +10,10 @@ from kvmmmu.engine.hooks cimport *
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport slot_pfn
 from kvmmmu.engine.notifier cimport unmap_hva_range
-from kvmmmu.engine.pages cimport page_at, root_table, spte_at
+from kvmmmu.engine.pages cimport root_table, spte_at
 from kvmmmu.engine.roots cimport vcpu_invlpg
 from kvmmmu.engine.sptes cimport spte_read, spte_write
-from kvmmmu.engine.state cimport (
-    OUTCOME_MMIO, OUTCOME_OK, STAT_PAGES_4K, VSTAT_MMIO_SLOW, VSTAT_MMIO_SPTE_HIT, VSTAT_PF_FAST, Vcpu,
-)
+from kvmmmu.engine.state cimport OUTCOME_MMIO, OUTCOME_OK, VSTAT_MMIO_SLOW
 from kvmmmu.engine.vcpu cimport vcpu_access
 from kvmmmu.engine.zap cimport zap_oldest
 from turns cimport *

@@ -12,9 +12,7 @@ from kvmmmu.engine.claim cimport CLAIM_OK, vcpu_claim_enter, vcpu_release
 from kvmmmu.engine.region cimport vm_set_region
 from kvmmmu.engine.registers cimport set_sregs
 from kvmmmu.engine.roots cimport vm_teardown
-from kvmmmu.engine.state cimport (
-    Access, ERR_NONE, MMIO_GENERATION, MMU_EPT, MMU_NPT, MMU_SHADOW, Region, Vcpu, Vm,
-)
+from kvmmmu.engine.state cimport Access, ERR_NONE, MMIO_GENERATION, MMU_NPT, Region, Vcpu, Vm
 from kvmmmu.engine.vcpu cimport vcpu_access
 
 cdef extern from "stdlib.h" nogil:
