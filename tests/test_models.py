@@ -17,7 +17,7 @@ SOURCES = [
 ]
 PROTOCOLS = ("reader_handshake", "slot_generation", "unsync_writable", "table_write", "frozen_entries")
 
-_FUNCTION = re.compile(r"^(?:cdef inline|static inline)[^(\n]*?(\w+)\s*\(", re.M)
+_FUNCTION = re.compile(r"^(?:cdef inline|static (?:inline )?(?:__attribute__\(\(.*?\)\) )?)[^(\n]*?(\w+)\s*\(", re.M)
 _STEP = re.compile(r"/\* engine: ([^*]+) \*/")
 _NAMED = re.compile(r'\((\w+)\)\\n"')
 
