@@ -113,14 +113,15 @@ cdef inline int64_t rows_repeat(const Batch *b, int64_t i, int64_t n, uint64_t o
     """Rows after ``i`` that lie in the same page are its row again; the first that does not."""
     cdef const uint64_t *gvas = b.gvas
     cdef Translation *out = b.out
-    cdef uint64_t page = out[i].gva & ~offset, base = out[i].gpa & ~offset, entry = out[i].entry, gva
+    cdef uint64_t first = out[i].gva, move = out[i].gpa - first, entry = out[i].entry, gva
     cdef uint64_t end = row_end(out[i].page_shift, out[i].access, out[i].level)
     i += 1
     while i < n:
         gva = gvas[i]
-        if gva & ~offset != page:
+        if (gva ^ first) > offset:
             break
-        row_write(&out[i], gva, base | (gva & offset), entry, end)
+        # One page: what the first address moved by, all do.
+        row_write(&out[i], gva, gva + move, entry, end)
         i += 1
     return i
 
