@@ -38,7 +38,7 @@ static inline void kvmmmu_st_release_ptr(void *p, const void *v)
     __atomic_store_n((void **)p, (void *)v, __ATOMIC_RELEASE);
 }
 
-/* A sum that is ready before the load whose result is added to it, and is not taken apart again. */
+/* A value as it stands here: the compiler neither takes its sum apart nor works out several at once. */
 static inline uint64_t kvmmmu_ready(uint64_t v)
 {
     __asm__("" : "+r"(v));
