@@ -6,6 +6,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.spte cimport spte_is_last, spte_present, spte_writable
 from kvmmmu.engine.dirty cimport dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
+from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.hooks cimport *
 from kvmmmu.engine.locks cimport mmu_read_lock, mmu_read_unlock, mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.pages cimport page_at, spte_at, spte_page
@@ -43,7 +44,7 @@ cdef inline bint in_log(World *w) noexcept nogil:
 
 cdef inline bint leaves(World *w, uint64_t small, uint64_t huge) noexcept nogil:
     """What the VM counts."""
-    return w.vm.stats[<int>STAT_PAGES_4K] == small and w.vm.stats[<int>STAT_PAGES_2M] == huge
+    return vm_stat(w.vm, STAT_PAGES_4K) == small and vm_stat(w.vm, STAT_PAGES_2M) == huge
 
 cdef inline void protected(World *w) noexcept nogil:
     """The slot is not logged, and its leaf may not be written: what a log leaves behind."""
@@ -183,7 +184,7 @@ cdef inline int c39_fault_in_the_table(World *w) noexcept nogil:
     cdef uint64_t small, index
     w.vm.switches.nx_huge_pages = 1
     prepare(w, MEM_LOG_DIRTY_PAGES, 2)
-    small = w.vm.stats[<int>STAT_PAGES_4K]
+    small = vm_stat(w.vm, STAT_PAGES_4K)
     index = leaf_index(w, 0, EXTRA_GPA, 1)
     table = spte_page(index)
     turns_thread(W, unlog_main, w)
@@ -206,7 +207,7 @@ cdef inline int c39_fault_over_the_table(World *w) noexcept nogil:
     """A fault wants the huge page whose table is being collapsed: it goes by the entry that it read, and loses."""
     cdef uint64_t small
     prepare(w, MEM_LOG_DIRTY_PAGES, 2)
-    small = w.vm.stats[<int>STAT_PAGES_4K]
+    small = vm_stat(w.vm, STAT_PAGES_4K)
     turns_thread(W, unlog_main, w)
     touches(w, R, 1, GVA + PAGE, 0)
     if turns_step(W, POINT_TDP_SET) or turns_step(R, POINT_TDP_INSTALL) or turns_step(W, POINT_TDP_REMOVED):
