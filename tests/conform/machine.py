@@ -18,6 +18,7 @@ class Done:
     events: int
     disagreements: int
     first: tuple[Any, ...] | None = None
+    exits: int = 0
 
 
 @dataclass
