@@ -55,6 +55,23 @@ def together(*jobs: Callable[[], None]) -> None:
         raise wrong[0]
 
 
+def beside(crowd: Crowd, guest: Callable[[km.VCpu, int], None], host: Callable[[], None]) -> None:
+    """``guest`` once for every vCPU, each in its thread, and ``host`` again and again until they are done."""
+    done = threading.Event()
+
+    def guests() -> None:
+        try:
+            together(*(lambda vcpu=vcpu, n=n: guest(vcpu, n) for n, vcpu in enumerate(crowd.vcpus)))
+        finally:
+            done.set()
+
+    def hosts() -> None:
+        while not done.is_set():
+            host()
+
+    together(guests, hosts)
+
+
 @pytest.fixture(params=["shadow", "ept", "npt", "shadow membarrier", "ept membarrier"])
 def crowd(request: pytest.FixtureRequest) -> Iterator[Crowd]:
     mmu, *protocol = request.param.split()
@@ -73,7 +90,6 @@ def legal(gva: int, outcome: int, gpa: int) -> bool:
 
 
 def test_single_accesses_beside_slots_that_come_and_go(crowd: Crowd) -> None:
-    done = threading.Event()
     memory = np.zeros(PAGES * 4096, np.uint8)
 
     def guest(vcpu: km.VCpu, seed: int) -> None:
@@ -84,21 +100,13 @@ def test_single_accesses_beside_slots_that_come_and_go(crowd: Crowd) -> None:
             assert legal(gva, result.outcome, result.gpa), (hex(gva), result)
 
     def host() -> None:
-        while not done.is_set():
-            slot = crowd.vm.memslots.create(gpa=EXTRA, memory=memory)
-            crowd.vm.memslots.delete(slot)
+        slot = crowd.vm.memslots.create(gpa=EXTRA, memory=memory)
+        crowd.vm.memslots.delete(slot)
 
-    def guests() -> None:
-        try:
-            together(*(lambda vcpu=vcpu, n=n: guest(vcpu, n) for n, vcpu in enumerate(crowd.vcpus)))
-        finally:
-            done.set()
-
-    together(guests, host)
+    beside(crowd, guest, host)
 
 
 def test_batches_beside_slots_that_move_and_logs_that_are_collected(crowd: Crowd) -> None:
-    done = threading.Event()
     memory = np.zeros(PAGES * 4096, np.uint8)
     slot = crowd.vm.memslots.create(gpa=EXTRA, memory=memory)
 
@@ -112,24 +120,16 @@ def test_batches_beside_slots_that_move_and_logs_that_are_collected(crowd: Crowd
                 assert legal(gva, outcome, gpa), (hex(gva), outcome, hex(gpa))
 
     def host() -> None:
-        while not done.is_set():
-            crowd.vm.memslots.move(slot, EXTRA + 0x100_0000)
-            crowd.vm.memslots.move(slot, EXTRA)
-            crowd.vm.memslots.set_flags(slot, log_dirty=True)
-            crowd.vm.get_dirty_log(slot)
-            crowd.vm.memslots.set_flags(slot, log_dirty=False)
+        crowd.vm.memslots.move(slot, EXTRA + 0x100_0000)
+        crowd.vm.memslots.move(slot, EXTRA)
+        crowd.vm.memslots.set_flags(slot, log_dirty=True)
+        crowd.vm.get_dirty_log(slot)
+        crowd.vm.memslots.set_flags(slot, log_dirty=False)
 
-    def guests() -> None:
-        try:
-            together(*(lambda vcpu=vcpu, n=n: guest(vcpu, n) for n, vcpu in enumerate(crowd.vcpus)))
-        finally:
-            done.set()
-
-    together(guests, host)
+    beside(crowd, guest, host)
 
 
 def test_vcpus_enter_and_leave_smm_while_slots_of_both_address_spaces_change(crowd: Crowd) -> None:
-    done = threading.Event()
     memory = np.zeros(PAGES * 4096, np.uint8)
     slots = crowd.vm.memslots
     both = [crowd.slot, slots.create(gpa=0, memory=crowd.ram, as_id=1)]
@@ -144,21 +144,14 @@ def test_vcpus_enter_and_leave_smm_while_slots_of_both_address_spaces_change(cro
                 assert legal(gva, result.outcome, result.gpa), (hex(gva), result)
 
     def host() -> None:
-        while not done.is_set():
-            extra = [slots.create(gpa=EXTRA, memory=memory, as_id=as_id) for as_id in (0, 1)]
-            for on in (True, False):
-                for slot in both:
-                    slots.set_flags(slot, log_dirty=on)
-            for slot in extra:
-                slots.delete(slot)
+        extra = [slots.create(gpa=EXTRA, memory=memory, as_id=as_id) for as_id in (0, 1)]
+        for on in (True, False):
+            for slot in both:
+                slots.set_flags(slot, log_dirty=on)
+        for slot in extra:
+            slots.delete(slot)
 
-    def guests() -> None:
-        try:
-            together(*(lambda vcpu=vcpu, n=n: guest(vcpu, n) for n, vcpu in enumerate(crowd.vcpus)))
-        finally:
-            done.set()
-
-    together(guests, host)
+    beside(crowd, guest, host)
 
 
 def test_each_vcpu_reads_back_what_it_stored_while_others_fault(crowd: Crowd) -> None:
