@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,10 @@ def addresses(what: str, n: int, share: int, of: int) -> npt.NDArray[np.uint64]:
 
 
 def together(kernels: ModuleType, jobs: Sequence[tuple[km.VCpu, npt.NDArray[np.uint64], bool]]) -> Sample | None:
-    """Run (vCPU, addresses, are they stores) in a thread each; None where a thread had to wait for a processor."""
+    """Run (vCPU, addresses, are they stores) in a thread each; None where a thread had to wait for a processor.
+
+    One that waited long enough made no access at all: the others had ended before it began.
+    """
     gate = np.zeros(2, np.uint32)
     results: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * len(jobs)
     places = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -113,7 +116,7 @@ def together(kernels: ModuleType, jobs: Sequence[tuple[km.VCpu, npt.NDArray[np.u
         thread.start()
     for thread in threads:
         thread.join()
-    if min(cpu / wall for _, cpu, wall in results) < LEAST_PRESENCE:
+    if any(n == 0 or cpu / wall < LEAST_PRESENCE for n, cpu, wall in results):
         return None
     done = sum(n for n, _, _ in results)
     return Sample(
@@ -245,6 +248,14 @@ def bench_threads(build_pyx: Callable[..., ModuleType]) -> None:
     """Once, small, untimed: every contestant runs."""
     rows, _counted = measure(build_pyx, 1, 1 << 10)
     assert len(rows) == len(WORK) + 2
+
+
+def bench_threads_leaves_out_a_run_in_which_one_thread_never_came() -> None:
+    """The first to end stops the rest, also one that has not begun."""
+    results = iter([(0, 1e-6, 1e-6), (1024, 1e-4, 1e-4)])
+    kernels: Any = SimpleNamespace(run=lambda *_: next(results))
+    job: Any = (None, np.zeros(0, np.uint64), False)
+    assert together(kernels, [job, job]) is None
 
 
 def main() -> int:
