@@ -17,7 +17,8 @@ from kvmmmu.engine.state cimport Translation
 from kvmmmu.engine.translate cimport row_end, row_write, translate_proper, translate_row
 
 cdef extern from "kvmmmu/batch.h" nogil:
-    void rows_two "kvmmmu_rows_two"(Translation *rows, const uint64_t *gvas, uint64_t move, uint64_t entry, uint64_t end)
+    void rows_two "kvmmmu_rows_two"(Translation *rows, const uint64_t *gvas, uint64_t move, uint64_t entry,
+                                    uint64_t end)
 
 cdef struct Batch:
     PdeCache cache
