@@ -38,9 +38,8 @@ gpte = st.builds(lambda page, low, high: page << 12 | low | high, st.integers(0,
 ept_low = st.sampled_from([0x37, 0x337, 0x337, 0x337, 0x137, 0x31, 0x335, 0x3B7, 0x1B7, 0x36, 0x34, 0])
 ept_entry = st.builds(lambda page, low: page << 12 | low, st.integers(0, PAGES - 1), ept_low)
 # Mostly as a PDPTE must be; the last two have reserved bits.
-pdpte = st.builds(
-    lambda page, low: page << 12 | low, st.integers(8, 15), st.sampled_from([1, 1, 1, 1, 9, 0xE01, 0, 0x21, 1 << 63 | 1])
-)
+pdpte_bits = st.sampled_from([1, 1, 1, 1, 9, 0xE01, 0, 0x21, 1 << 63 | 1])
+pdpte = st.builds(lambda page, bits: page << 12 | bits, st.integers(8, 15), pdpte_bits)
 # Few pages, met again and again, alone and in runs, also at the ends of the address space.
 gvas = st.one_of(
     st.builds(lambda a, b, c: a << 30 | b << 21 | c << 12, *(st.integers(0, 3),) * 3),
