@@ -262,8 +262,7 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.exc cimport PyErr_Clear
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check
 from cpython.number cimport PyNumber_Index
 
 from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
@@ -275,12 +274,11 @@ from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.state cimport Access, MemMap, Translation
 from kvmmmu.engine.fault cimport walk_sptes
-from kvmmmu.engine.quick cimport Quick
-from kvmmmu.engine.single cimport single_flat, single_gpa, single_walk
+from kvmmmu.engine.paths cimport Paths, path_gpa, path_row, paths_init, single_gpa, single_row
 from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
 from kvmmmu.engine.choose cimport batch_kernel
 from kvmmmu.engine.gather cimport gather_here
-from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_done, translate_proper, walk_any
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 from kvmmmu.outcome import Fault as _Fault, Rights as _Rights
@@ -288,16 +286,21 @@ from kvmmmu.outcome import Fault as _Fault, Rights as _Rights
 FAULTS = tuple(_Fault)
 RIGHTS = tuple(map(_Rights, range(8)))
 
-cdef extern from "Python.h":
-    # Without Cython's check: the caller looks.  size_t, because CPython goes byte by byte to unsigned long long.
-    uint64_t raw_word "PyLong_AsSize_t" (object) noexcept
+cdef extern from "kvmmmu/pyword.h":
+    bint pyword "kvmmmu_pyword"(object value, uint64_t *word) noexcept
 
 cdef extern from *:
     """
+    #ifdef Py_GIL_DISABLED
+    #define KVMMMU_GIL 0
+    #else
+    #define KVMMMU_GIL 1
+    #endif
     static PyObject *kvmmmu_method_of(PyObject *cls, PyObject *method) {
         return PyDescr_NewMethod((PyTypeObject *)cls, ((PyMethodDescrObject *)method)->d_method);
     }
     """
+    bint HAVE_GIL "KVMMMU_GIL"
     object kvmmmu_method_of(object cls, object method)
 
 
@@ -310,12 +313,11 @@ def own_method(cls, str name):
 
 cdef inline uint64_t word_arg(object value, str name) except? 0:
     """An integer in 0..2^64-1, or an error that names the argument."""
-    cdef uint64_t word = raw_word(value) if PyLong_CheckExact(value) else ALL_ONES
-    return word if word != ALL_ONES else word_checked(value, name, 64)
+    cdef uint64_t word
+    return word if pyword(value, &word) else word_checked(value, name, 64)
 
 
 cdef uint64_t word_checked(object value, str name, int bits) except? 0:
-    PyErr_Clear()
     try:
         number = PyNumber_Index(value)
     except TypeError:
@@ -482,7 +484,7 @@ cdef class PagingCore(TablesHandle):
     cdef int hint[2]  # a dimension each
     cdef Tables tables
     cdef bint ready
-    cdef bint flat  # one dimension of the 64-bit format, which has a walk of its own
+    cdef Paths paths
     cdef list columns
 
     def __dealloc__(self):
@@ -547,7 +549,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.map = &self.map
         self.tables.kernel = CHOSEN_KERNEL
         self.handle = <kvmmmu_tables *>&self.tables
-        self.flat = single_flat(&self.paging, &self.host, &self.map)
+        paths_init(&self.paths, &self.paging, &self.host, &self.map, HAVE_GIL)
         self.ready = True
 
     cdef int bind_areas(self, list areas) except -1:
@@ -593,13 +595,10 @@ cdef class PagingCore(TablesHandle):
         return 0
 
     @cython.final
-    cdef inline object gpa(self, uint64_t gva, uint64_t access, bint ac, bint set_ad):
-        cdef Quick q
-        cdef uint64_t gpa = 0
-        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], gva, access, ac, set_ad, &q):
-            return <int64_t>q.gpa
-        if single_gpa(&self.paging, &self.host, &self.map, self.hint, gva, access, ac, set_ad, &gpa):
-            return gpa
+    cdef object gpa(self, uint64_t gva, uint64_t access, bint ac, bint set_ad):
+        cdef uint64_t gpa
+        if single_gpa(&self.paths, &self.paging, &self.host, &self.map, self.hint, gva, access, ac, set_ad, &gpa):
+            return <int64_t>gpa
         return -1
 
     @cython.binding(False)
@@ -618,7 +617,10 @@ cdef class PagingCore(TablesHandle):
         int
             The address in memory, or -1 where the access faults (``walk_result`` tells why).
         """
-        return self.gpa(word_arg(gva, "gva"), 0, False, False)
+        cdef uint64_t gpa, word = word_arg(gva, "gva")
+        if path_gpa(&self.paths, &self.paging, word, &gpa):
+            return <int64_t>gpa
+        return self.gpa(word, 0, False, False)
 
     @cython.binding(False)
     @cython.embedsignature.format("clinic")
@@ -667,13 +669,9 @@ cdef class PagingCore(TablesHandle):
         The fastest call there is: one argument, and a result that is cheaper to make than a large ``int``.
         """
         cdef TranslationRow t = TranslationRow.__new__(TranslationRow)
-        cdef Quick q
-        cdef uint64_t word = word_arg(gva, "gva")
-        t.t.gva = word
-        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], word, 0, False, False, &q):
-            translate_done(&self.paging, &q, q.gpa, &t.t)
-        else:
-            translate_proper(&self.paging, &self.host, &self.map, self.hint, word, 0, False, False, &t.t)
+        t.t.gva = word_arg(gva, "gva")
+        if not path_row(&self.paths, &self.paging, &t.t):
+            single_row(&self.paths, &self.paging, &self.host, &self.map, self.hint, &t.t)
         return t
 
     def translate_into(self, gvas, out, str access, cpl, bint ac, bint implicit, bint set_ad):
