@@ -18,8 +18,8 @@ DIRECTIVES = (
 ENGINE_ORDER = (
     "answers hooks state atomics counters claim memory codec events drain memmap reserve memslots slotsets hostmem "
     "locks walk "
-    "tlbcache pscache tlbflush quick translate single accept pdecache rows ring paths gather nestedcache nested batch choose "
-    "grants cases snapshot hostpages pfns pages nxpages rmap tlb lookup guest sptes track tlbwalk tlblist zap leaf "
+    "tlbcache pscache tlbflush quick translate single accept pdecache rows ring paths gather nestedcache nested batch "
+    "choose grants cases snapshot hostpages pfns pages nxpages rmap tlb lookup guest sptes track tlbwalk tlblist zap leaf "
     "prefetch sync rewrite shadow roles tdp passes recovery trees mmiocache roots fault notifier dirty region birth "
     "write registers emulate vcpu many moves insn replay embed"
 ).split()
