@@ -286,21 +286,16 @@ from kvmmmu.outcome import Fault as _Fault, Rights as _Rights
 FAULTS = tuple(_Fault)
 RIGHTS = tuple(map(_Rights, range(8)))
 
-cdef extern from "kvmmmu/pyword.h":
+cdef extern from "kvmmmu/python.h":
+    bint HAVE_GIL "KVMMMU_GIL"
     bint pyword "kvmmmu_pyword"(object value, uint64_t *word) noexcept
 
 cdef extern from *:
     """
-    #ifdef Py_GIL_DISABLED
-    #define KVMMMU_GIL 0
-    #else
-    #define KVMMMU_GIL 1
-    #endif
     static PyObject *kvmmmu_method_of(PyObject *cls, PyObject *method) {
         return PyDescr_NewMethod((PyTypeObject *)cls, ((PyMethodDescrObject *)method)->d_method);
     }
     """
-    bint HAVE_GIL "KVMMMU_GIL"
     object kvmmmu_method_of(object cls, object method)
 
 
@@ -1196,8 +1191,11 @@ cdef class VmCore(VmHandle):
     def finish_delete(self):
         """The second half of a deletion that was held open; False: none is."""
         cdef Region r
+        cdef int err
         self.check_open()
-        if vm_finish_delete(self.vm, &r) != ERR_NONE:
+        with nogil:
+            err = vm_finish_delete(self.vm, &r)
+        if err != ERR_NONE:
             return False
         del self.exports[r.released]
         return True
@@ -1311,12 +1309,15 @@ cdef class VmCore(VmHandle):
         """One period of the recovery worker; the number of tables zapped."""
         cdef uint64_t share = as_word(ratio, "ratio", 32)
         self.check_open()
-        return nx_recover(self.vm, share)
+        with nogil:
+            share = nx_recover(self.vm, share)
+        return share
 
     def set_nx_huge_pages(self, bint on):
         """Switch the mitigation of a running VM."""
         self.check_open()
-        nx_huge_pages_set(self.vm, on)
+        with nogil:
+            nx_huge_pages_set(self.vm, on)
 
     def set_manual_protect(self, int bits):
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 the log is cleared by hand, 3 and starts all dirty."""
@@ -1395,7 +1396,8 @@ cdef class VmCore(VmHandle):
             while done < n:
                 now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
                 s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
-                host_write(self.vm, s, (at + <uint64_t>done) >> 12)
+                with nogil:
+                    host_write(self.vm, s, (at + <uint64_t>done) >> 12)
                 guest_store(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
                             <const char *>data + done, <unsigned>now)
                 done += now
@@ -1662,7 +1664,7 @@ cdef class VcpuCore(VcpuHandle):
         raise VmClosedError("the VM was closed")
 
     @cython.final
-    cdef inline void release(self) noexcept:
+    cdef inline void release(self) noexcept nogil:
         vcpu_release(self.vcpu)
 
     # -- registers
@@ -1683,7 +1685,8 @@ cdef class VcpuCore(VcpuHandle):
     def set_smm(self, bint on):
         """Enter or leave system management mode."""
         self.claim()
-        vcpu_set_smm(self.vcpu, on)
+        with nogil:
+            vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
@@ -1698,11 +1701,8 @@ cdef class VcpuCore(VcpuHandle):
         regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
         regs.compat = compat
         self.claim()
-        if self.alone:
+        with nogil:
             result = set_sregs(self.vcpu, &regs)
-        else:
-            with nogil:
-                result = set_sregs(self.vcpu, &regs)
         self.release()
         return result == REG_OK
 
@@ -1753,7 +1753,8 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t root = as_word(ncr3, "ncr3")
         cdef bint done
         self.claim()
-        done = vcpu_set_guest_mode(self.vcpu, on, root)
+        with nogil:
+            done = vcpu_set_guest_mode(self.vcpu, on, root)
         self.release()
         return done
 
@@ -1768,11 +1769,8 @@ cdef class VcpuCore(VcpuHandle):
         Nothing under EPT, NPT or without paging.
         """
         self.claim()
-        if self.alone:
+        with nogil:
             roots_sync(self.vcpu)
-        else:
-            with nogil:
-                roots_sync(self.vcpu)
         self.release()
 
     # -- the processor's caches of translations
@@ -1796,12 +1794,13 @@ cdef class VcpuCore(VcpuHandle):
         """INVEPT (0), INVVPID (1), INVPCID (2); False: #GP(0), nothing changed."""
         cdef int result = REG_OK
         self.claim()
-        if which == 2:
-            result = vcpu_invpcid(self.vcpu, kind, pcid, gva)
-        elif which:
-            tlb_invvpid(self.vcpu, kind, gva)
-        else:
-            tlb_invept(self.vcpu)
+        with nogil:
+            if which == 2:
+                result = vcpu_invpcid(self.vcpu, kind, pcid, gva)
+            elif which:
+                tlb_invvpid(self.vcpu, kind, gva)
+            else:
+                tlb_invept(self.vcpu)
         self.release()
         return result == REG_OK
 
@@ -1817,11 +1816,14 @@ cdef class VcpuCore(VcpuHandle):
             self.vcpu.cpl = <uint8_t>cpl
         if self.alone:
             vcpu_access(self.vcpu, gva, bits, n, data, out)
+            self.vcpu.cpl = own
+            self.release()
         else:
             with nogil:
                 vcpu_access(self.vcpu, gva, bits, n, data, out)
-        self.vcpu.cpl = own
-        self.release()
+                self.vcpu.cpl = own
+                # First this: in the guest, nobody may be kept waiting for the interpreter.
+                self.release()
         return 0
 
     @cython.binding(False)
@@ -1977,8 +1979,8 @@ cdef class VcpuCore(VcpuHandle):
         with nogil:
             access_many(self.vcpu, <const uint64_t *>src.view.buf, <const uint8_t *>codes.view.buf, n, size,
                         <Access *>dst.view.buf)
-        self.vcpu.cpl = own
-        self.release()
+            self.vcpu.cpl = own
+            self.release()
 
     def walk_records(self, gva, kind, int cpl):
         """The guest's tables and the processor's for one address, as they are: nothing is set or faulted.
@@ -2052,7 +2054,7 @@ cdef class VcpuCore(VcpuHandle):
         self.claim()
         with nogil:
             replay_run(self.vcpu, &e, n, values, stop, &t)
-        self.release()
+            self.release()
         access.a = t.access
         return {
             "events": t.events, "disagreements": t.disagreements, "mmio": t.mmio, "mmio_cache": t.mmio_cache,

@@ -1,10 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A Python integer as a 64-bit word, the small ones without a call: what one costs, a whole walk costs. */
-#ifndef KVMMMU_PYWORD_H
-#define KVMMMU_PYWORD_H
+/* What the door wants to know of the interpreter: a Python integer as a 64-bit word, the small ones without a call
+ * (what one costs, a whole walk costs), and whether one thread at a time is in it. */
+#ifndef KVMMMU_PYTHON_H
+#define KVMMMU_PYTHON_H
 
 #include <Python.h>
 #include <stdint.h>
+
+#ifdef Py_GIL_DISABLED
+#define KVMMMU_GIL 0
+#else
+#define KVMMMU_GIL 1
+#endif
 
 /* By the interpreter, whose size_t takes the digits at once; its unsigned long long goes byte by byte. */
 static inline int kvmmmu_pyword_large(PyObject *value, uint64_t *word)
