@@ -24,6 +24,7 @@ cdef inline MemMap *memmap_new(int capacity) noexcept nogil:
         return NULL
     m.n = 0
     m.capacity = capacity
+    m.serial = 0
     m.first = <uint64_t *>(m + 1)
     m.npages = m.first + n
     m.host = <uint8_t **>(m.npages + n)
