@@ -8,6 +8,7 @@ to ``vcpu_access``, which may change anything, so what was remembered goes then.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_EPT, FMT_NONE, FMT_PAE, Paging
 from kvmmmu.engine.accept cimport accepted
@@ -40,6 +41,7 @@ cdef enum:
     CALM_LEAST = 32       # plain rows in a row before it is tried again,
     CALM_MOST = 1024      # more and more of them where it did not last
     GFN_LINEAR = 1        # in ``gfns``, beside a gpa
+    PAGE_SLOTS = 1024     # as in Twice
 
 cdef struct Run:
     const uint64_t *gvas
@@ -60,6 +62,9 @@ cdef struct Twice:
     Grants guest
     Grants final
     uint8_t kinds[512]    # of a large page of the second dimension: bit n, it is granted to kind n
+    # What both dimensions granted, by page: two searches and two leaves for one look.
+    uint64_t page_tag[1024]  # gva >> 12, above bits 2:0 of which bit n says: to kind n
+    uint64_t page_gpa[1024]
 
 
 cdef inline uint64_t how_access(uint32_t how) noexcept nogil:
@@ -235,6 +240,19 @@ cdef inline uint64_t guest_granted(int fmt, int host_fmt, Twice *t, uint64_t va,
     return (entry & c.paging.addr_mask) | (va & 0xfff)
 
 
+cdef inline bint page_granted(const Twice *t, uint64_t gva, int kind) noexcept nogil:
+    cdef uint64_t page = gva >> 12, tag = t.page_tag[page & (PAGE_SLOTS - 1)]
+    return tag >> 3 == page and (tag >> kind) & 1
+
+
+cdef inline void page_grant(Twice *t, uint64_t gva, int kind, uint64_t gpa) noexcept nogil:
+    cdef uint64_t page = gva >> 12, slot = page & (PAGE_SLOTS - 1)
+    if t.page_tag[slot] >> 3 != page or t.page_gpa[slot] != gpa & ~<uint64_t>0xfff:
+        t.page_tag[slot] = page << 3
+        t.page_gpa[slot] = gpa & ~<uint64_t>0xfff
+    t.page_tag[slot] |= <uint64_t>1 << kind
+
+
 cdef inline int64_t twice_rows(int fmt, int host_fmt, Vcpu *vcpu, Twice *t, const Run *r, int64_t i) noexcept nogil:
     cdef uint64_t gpa, mask = r.va_mask & t.nested.guest.cache.paging.va_mask
     cdef const uint64_t *gvas = r.gvas
@@ -244,9 +262,13 @@ cdef inline int64_t twice_rows(int fmt, int host_fmt, Vcpu *vcpu, Twice *t, cons
     cdef int size = r.size
     while i < n and not run_stops(vcpu, gvas[i], kinds[i], size):
         hook(vcpu, POINT_HARDWARE)
-        gpa = guest_granted(fmt, host_fmt, t, gvas[i] & mask, kinds[i])
-        if gpa == ALL_ONES or not final_granted(host_fmt, t, gpa, kinds[i]):
-            break
+        if likely(page_granted(t, gvas[i], kinds[i])):
+            gpa = t.page_gpa[(gvas[i] >> 12) & (PAGE_SLOTS - 1)] | (gvas[i] & 0xfff)
+        else:
+            gpa = guest_granted(fmt, host_fmt, t, gvas[i] & mask, kinds[i])
+            if gpa == ALL_ONES or not final_granted(host_fmt, t, gpa, kinds[i]):
+                break
+            page_grant(t, gvas[i], kinds[i], gpa)
         run_write(&out[i], size, gpa)
         i = run_repeat(vcpu, r, i + 1, gpa - gvas[i]) if run_goes_on(gvas, i, n) else i + 1
     return i
@@ -273,6 +295,7 @@ cdef inline int64_t twice_run(Vcpu *vcpu, const Run *r, int64_t i, uint64_t[3] a
         second[kind] = walk_second_access(&vcpu.hw, access[kind])
     nested_init(&t.nested, &vcpu.guest_hw, &vcpu.hw, vm_hostmem(vcpu.vm), hint, 0, vcpu.ac, True)
     t.nested.guest.nothing = 0
+    memset(t.page_tag, 0, sizeof(t.page_tag))
     grants_init(&t.guest, &vcpu.guest_hw, access, vcpu.ac)
     grants_init(&t.final, &vcpu.hw, second, False)
     if vcpu.hw.format == FMT_EPT:
