@@ -35,6 +35,7 @@ KERNELS = {
     "is_mmio": "SpteCodec_*is_mmio_many",
     "reserved": "SpteCodec_*reserved_many",
     "translate": "PagingCore_*translate_into",
+    "translate_run": "PagingCore_*translate_into",
 }
 NO_VALGRIND = 77
 
@@ -70,14 +71,16 @@ def run_kernel(name: str) -> None:
         form.is_mmio(sptes)
     elif name == "reserved":
         SpteFormat("ept").is_reserved(sptes, level=1)
-    elif name == "translate":
-        # Four levels of tables over 64 MiB, walked at random.
+    elif name in ("translate", "translate_run"):
+        # Four levels of tables over 64 MiB, walked at random or 64 times a page.
         memory = np.zeros(64 << 20, np.uint8)
         words, bits = memory.view(np.uint64), np.uint64(0x67)
         words[0], words[512] = 0x1067, 0x2067
         words[1024:1056] = (np.arange(3, 35, dtype=np.uint64) << np.uint64(12)) | bits
         words[1536 : 1536 + (1 << 14)] = (np.arange(1 << 14, dtype=np.uint64) << np.uint64(12)) | bits
         gvas = random.integers(0, 64 << 20, ITEMS, np.uint64)
+        if name == "translate_run":
+            gvas = np.arange(ITEMS, dtype=np.uint64) * np.uint64(64)
         done = km.Paging(0x8001_0001, 0, 0x20, 0xD00, memory=memory).translate(gvas)
         if not np.array_equal(done["gpa"], gvas):
             raise SystemExit("the walks are wrong")

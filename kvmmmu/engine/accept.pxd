@@ -81,6 +81,5 @@ cdef inline void accept_init(const Paging *p, uint64_t access, bint ac, bint set
 
 
 cdef inline bint accepted(int fmt, const Paging *p, const Accept *a, uint32_t above, uint64_t entry) noexcept nogil:
-    if (entry & a.mask[above]) != a.want[above]:
-        return False
-    return fmt != FMT_EPT or not (p.bad_mt_xwr >> (entry & 63)) & 1
+    return ((entry & a.mask[above]) == a.want[above]
+            and (fmt != FMT_EPT or not (p.bad_mt_xwr >> (entry & 63)) & 1))

@@ -90,7 +90,7 @@ cdef inline int64_t gather_rows(Batch *b, int64_t i, int64_t n) noexcept nogil:
         elif trouble & GATHER_UNKNOWN:
             gather_lookup(b, &g, trouble & 0xff)
         elif trouble & GATHER_SAME:
-            row = rows_same(b, g.next, n)
+            row = rows_same(b, g.next, n, row_place(b, g.next))
             if row == g.next:
                 # Finish what is in flight first.
                 if g.issued != g.finished:

@@ -24,6 +24,7 @@ from kvmmmu.engine.pdecache cimport (
 )
 from kvmmmu.engine.quick cimport Quick, quick_memory
 from kvmmmu.engine.ring cimport likely
+from kvmmmu.engine.rows cimport other_page
 from kvmmmu.engine.state cimport Access, MMU_SHADOW, OUTCOME_OK, ShadowPage, Vcpu, Vm
 from kvmmmu.engine.vcpu cimport access_begin, access_hit, leaf_gpa, vcpu_access
 from kvmmmu.engine.walk cimport walk_second_access
@@ -96,7 +97,7 @@ cdef inline int64_t run_repeat(Vcpu *vcpu, const Run *r, int64_t i, uint64_t mov
 
 cdef inline bint run_goes_on(const uint64_t *gvas, int64_t i, int64_t n) noexcept nogil:
     """The next row is in the page of row ``i``."""
-    return not likely(i + 1 == n or (gvas[i] ^ gvas[i + 1]) >> 12 != 0)
+    return not likely(i + 1 == n or other_page(gvas[i], gvas[i + 1]))
 
 
 # ---- one dimension ----------------------------------------------------------------------

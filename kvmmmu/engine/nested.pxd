@@ -16,14 +16,14 @@ from kvmmmu.engine.pdecache cimport (
     FOUND_LARGE, KVMMMU_PDE_LARGE, PDE_SLOTS, TABLE_RIGHTS, LargePage, leaf_load, leaf_place, pde_large_page,
     pde_shift,
 )
-from kvmmmu.engine.ring cimport RING_FREE, RING_ROWS, Ring, ring_init
-from kvmmmu.engine.rows cimport Batch, rows_refused, rows_repeat
+from kvmmmu.engine.ring cimport RING_ROWS, Flight, Ring, flight_end, ring_init, ring_turn
+from kvmmmu.engine.rows cimport Batch, other_page, rows_refused, rows_repeat
 from kvmmmu.engine.translate cimport row_end, row_write, translate_one
 
-cdef struct Flight:
+cdef struct Flights:
     # Rows whose leaves are on the way.
     Ring ring
-    uint64_t turn         # the slot of the oldest
+    Flight *turn          # the slot of the oldest
     int64_t next          # the next row to look up
     int64_t n             # rows of the batch
     int calm              # rows to walk one by one: bits were set a moment ago
@@ -75,38 +75,39 @@ cdef inline bint nested_granted(int fmt, int host_fmt, Nested *n, int64_t i, uin
     return True
 
 
-cdef inline void nested_again(Nested *n, Flight *f, int64_t row) noexcept nogil:
+cdef inline void nested_again(Nested *n, Flights *f, int64_t row) noexcept nogil:
     """Bits were set by ``row``: whatever was read before counts no more."""
     nested_forget(n)
     ring_init(&f.ring)
-    f.turn = 0
+    f.turn = &f.ring.flights[0]
     f.rows = 0
     f.next = row + 1
     f.calm = RING_ROWS
 
 
-cdef inline bint nested_finish(int fmt, int host_fmt, Nested *n, const Paging *host, Flight *f) noexcept nogil:
+cdef inline bint nested_finish(int fmt, int host_fmt, Nested *n, const Paging *host, Flights *f) noexcept nogil:
     """Finish the oldest row in flight, if the next slot holds one.  False: the rows after it are begun again."""
-    cdef int64_t row = f.ring.row[f.turn]
-    if row == RING_FREE:
+    cdef int64_t row
+    if f.turn.row == &f.ring.nobody:
         return True
-    if not nested_granted(fmt, host_fmt, n, row, f.ring.place[f.turn]) and nested_proper(n, host, row):
+    row = f.turn.row - n.guest.out
+    if not nested_granted(fmt, host_fmt, n, row, f.turn.place) and nested_proper(n, host, row):
         nested_again(n, f, row)
         return False
-    f.ring.row[f.turn] = RING_FREE
+    flight_end(&f.ring, f.turn)
     f.rows -= 1
     return True
 
 
-cdef inline bint nested_drain(int fmt, int host_fmt, Nested *n, const Paging *host, Flight *f) noexcept nogil:
+cdef inline bint nested_drain(int fmt, int host_fmt, Nested *n, const Paging *host, Flights *f) noexcept nogil:
     while f.rows:
         if not nested_finish(fmt, host_fmt, n, host, f):
             return False
-        f.turn = (f.turn + 1) & (RING_ROWS - 1)
+        f.turn = ring_turn(&f.ring, f.turn)
     return True
 
 
-cdef inline void nested_alone(int fmt, int host_fmt, Nested *n, const Paging *host, Flight *f,
+cdef inline void nested_alone(int fmt, int host_fmt, Nested *n, const Paging *host, Flights *f,
                               uint64_t place) noexcept nogil:
     """The next row, nothing being in flight, and those after it in the same page."""
     cdef int64_t i = f.next
@@ -125,9 +126,9 @@ cdef inline void nested_alone(int fmt, int host_fmt, Nested *n, const Paging *ho
 cdef inline void nested_loop(int fmt, int host_fmt, Nested *n, const Paging *host, int64_t rows) noexcept nogil:
     cdef const uint64_t *gvas = n.guest.gvas
     cdef uint64_t gva, place
-    cdef Flight f
+    cdef Flights f
     ring_init(&f.ring)
-    f.turn = 0
+    f.turn = &f.ring.flights[0]
     f.next = 0
     f.n = rows
     f.calm = 0
@@ -145,7 +146,7 @@ cdef inline void nested_loop(int fmt, int host_fmt, Nested *n, const Paging *hos
             continue
         gva = gvas[f.next]
         place = nested_place(fmt, host_fmt, n, gva & n.guest.cache.paging.va_mask)
-        if place == FOUND_LARGE or (f.next + 1 < f.n and not (gva ^ gvas[f.next + 1]) >> 12):
+        if place == FOUND_LARGE or (f.next + 1 < f.n and not other_page(gva, gvas[f.next + 1])):
             # Finishing what is in flight may move ``place``'s slot: it is looked up again.
             if not f.rows or nested_drain(fmt, host_fmt, n, host, &f):
                 nested_alone(fmt, host_fmt, n, host, &f,
@@ -154,9 +155,9 @@ cdef inline void nested_loop(int fmt, int host_fmt, Nested *n, const Paging *hos
         prefetch(place)
         if not nested_finish(fmt, host_fmt, n, host, &f):
             continue
-        f.ring.row[f.turn] = f.next
-        f.ring.place[f.turn] = place
-        f.turn = (f.turn + 1) & (RING_ROWS - 1)
+        f.turn.row = &n.guest.out[f.next]
+        f.turn.place = place
+        f.turn = ring_turn(&f.ring, f.turn)
         f.rows += 1
         f.next += 1
 

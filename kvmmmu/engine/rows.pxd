@@ -5,6 +5,7 @@ Formats are looked up here, not literals: the loops call these where a row is no
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport WALK_LEAF, Walk, walk_ad_wanted, walk_finish, walk_rights, walk_step
 from kvmmmu.bits.paging cimport FAULT_NONE, FMT_32, FMT_64, FMT_PAE, Paging
@@ -14,6 +15,10 @@ from kvmmmu.engine.pdecache cimport (
 )
 from kvmmmu.engine.state cimport Translation
 from kvmmmu.engine.translate cimport row_end, row_write, translate_proper, translate_row
+
+cdef extern from "kvmmmu/batch.h" nogil:
+    void rows_two "kvmmmu_rows_two"(Translation *rows, const uint64_t *gvas, uint64_t move, uint64_t entry,
+                                    uint64_t end)
 
 cdef struct Batch:
     PdeCache cache
@@ -109,19 +114,23 @@ cdef inline void row_again(Batch *b, int64_t i) noexcept nogil:
 
 # ---- the same page again ----------------------------------------------------------------
 
+cdef inline bint other_page(uint64_t gva, uint64_t after) noexcept nogil:
+    return (gva ^ after) >> 12 != 0
+
+
 cdef inline int64_t rows_repeat(const Batch *b, int64_t i, int64_t n, uint64_t offset) noexcept nogil:
     """Rows after ``i`` that lie in the same page are its row again; the first that does not."""
     cdef const uint64_t *gvas = b.gvas
     cdef Translation *out = b.out
-    cdef uint64_t first = out[i].gva, move = out[i].gpa - first, entry = out[i].entry, gva
-    cdef uint64_t end = row_end(out[i].page_shift, out[i].access, out[i].level)
+    cdef uint64_t first = out[i].gva, move = out[i].gpa - first, entry = out[i].entry, end
+    memcpy(&end, &out[i].fault, 8)
     i += 1
-    while i < n:
-        gva = gvas[i]
-        if (gva ^ first) > offset:
-            break
+    while i + 1 < n and ((gvas[i] ^ first) | (gvas[i + 1] ^ first)) <= offset:
         # One page: what the first address moved by, all do.
-        row_write(&out[i], gva, gva + move, entry, end)
+        rows_two(&out[i], &gvas[i], move, entry, end)
+        i += 2
+    if i < n and (gvas[i] ^ first) <= offset:
+        row_write(&out[i], gvas[i], gvas[i] + move, entry, end)
         i += 1
     return i
 
@@ -138,17 +147,20 @@ cdef inline int64_t rows_refused(const Batch *b, int64_t i, int64_t n) noexcept 
     return i
 
 
-cdef inline int64_t rows_same(Batch *b, int64_t i, int64_t n) noexcept nogil:
-    """A row and those after it in the same page; the first row not done, ``i`` itself if that is unusual."""
-    cdef uint64_t place = row_place(b, i), entry
+cdef inline int64_t rows_same(Batch *b, int64_t i, int64_t n, uint64_t place) noexcept nogil:
+    """A row and those after it in the same page; the first row not done, ``i`` itself if that is unusual.
+
+    ``place``: of row ``i`` (``row_place``).
+    """
     cdef uint32_t above = <uint32_t>place & TABLE_RIGHTS
+    cdef uint64_t entry
     if place == FOUND_LARGE:
         row_large(b, i)
-        return rows_repeat(b, i, n, (<uint64_t>1 << b.out[i].page_shift) - 1)
-    entry = leaf_load(b.cache.paging.format, place, b.gvas[i])
-    if not accepted(FMT_64, b.cache.paging, &b.accept, above, entry):
-        return i
-    row_granted(&b.out[i], b.gvas[i], b.cache.paging.addr_mask, above, entry)
+    else:
+        entry = leaf_load(b.cache.paging.format, place, b.gvas[i])
+        if not accepted(FMT_64, b.cache.paging, &b.accept, above, entry):
+            return i
+        row_granted(&b.out[i], b.gvas[i], b.cache.paging.addr_mask, above, entry)
     return rows_repeat(b, i, n, 0xfff)
 
 
@@ -156,7 +168,7 @@ cdef inline int64_t rows_same_unusual(Batch *b, int64_t i, int64_t n) noexcept n
     """The same once nothing is in flight."""
     cdef uint64_t place = row_place(b, i)
     if place == FOUND_LARGE:
-        return rows_same(b, i, n)  # what was unusual a moment ago is not any more
+        return rows_same(b, i, n, place)  # what was unusual a moment ago is not any more
     if row_unusual(b, i, place):
         return i + 1
     if b.out[i].fault != FAULT_NONE:

@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "kvmmmu/capi.h"
+
 #define KVMMMU_PDES 512 /* a power of two: 1 GiB of a span at 4 KiB pages */
 
 /* Bit of a tag that no address reaches once it is shifted right: the slot holds a large page. */
@@ -25,12 +27,31 @@ struct kvmmmu_accept {
 /* For the compiler: which way a loop's hot path goes. */
 static inline int kvmmmu_likely(int condition)
 {
-    return (int)__builtin_expect(condition, 1);
+    return (int)__builtin_expect_with_probability(condition, 1, 0.9999);
 }
 
 static inline void kvmmmu_prefetch(uint64_t address)
 {
     __builtin_prefetch((const void *)(uintptr_t)address);
+}
+
+/* Two words that are stored as one. */
+typedef uint64_t kvmmmu_pair __attribute__((vector_size(16), aligned(8), may_alias));
+
+/* Two rows of one page, whose addresses all move alike; `end` is a row's last word. */
+static inline void kvmmmu_rows_two(struct kvmmmu_translation *rows, const uint64_t *gvas, uint64_t move,
+                                   uint64_t entry, uint64_t end)
+{
+    kvmmmu_pair gva = *(const kvmmmu_pair *)gvas;
+    kvmmmu_pair gpa = gva + move;
+    kvmmmu_pair *out = (kvmmmu_pair *)rows;
+
+    out[0] = (kvmmmu_pair){gva[0], gpa[0]};
+    out[1] = (kvmmmu_pair){0, 0}; /* no fault */
+    out[2] = (kvmmmu_pair){entry, end};
+    out[3] = (kvmmmu_pair){gva[1], gpa[1]};
+    out[4] = (kvmmmu_pair){0, 0};
+    out[5] = (kvmmmu_pair){entry, end};
 }
 
 #endif
