@@ -1,24 +1,25 @@
-"""Replay of the bundled recording in each mode, beside the guest's own tables walked in plain C."""
+"""Replay of the bundled recordings in each mode, beside the guest's own tables walked in plain C."""
 
 import ctypes
+import functools
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import kvmmmu
 from kvmmmu.conform.replay import MMUS, Memory, replay
-from kvmmmu.traces import Kind, open_trace
+from kvmmmu.traces import Kind, bundled_trace, open_trace
 
 _spec = importlib.util.spec_from_file_location("refs", Path(__file__).with_name("refs.py"))
 assert _spec is not None and _spec.loader is not None
 refs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(refs)
 
-SAMPLE = Path(kvmmmu.__file__).parent / "traces" / "data" / "linux-x86_64-4level-mmio.npz"
+#: Every record of a run, and a whole run of which the first access to each page is kept (``kvmmmu replay``).
+RECORDINGS = {"raw": bundled_trace(raw=True), "sample": bundled_trace()}
 ROUNDS = 5
 
 
@@ -34,9 +35,9 @@ class Kinds(ctypes.Structure):
 KINDS = Kinds(Kind.MEM, Kind.FETCH, Kind.STATE, Kind.MEMHI, Kind.PTSTORE, Kind.MOVCR, 1)
 
 
-def reference_seconds(library: ctypes.CDLL) -> float:
+def reference_seconds(library: ctypes.CDLL, recording: str) -> float:
     """CPU time of the whole recording in C, every address checked."""
-    trace = open_trace(SAMPLE)
+    trace = open_trace(RECORDINGS[recording])
     memory = Memory(trace)
     host = memory.bytes.ctypes.data
     areas = refs.Memory.of(*((area.start_gpa, area.end_gpa, host + start) for area, start in memory.areas))
@@ -53,31 +54,32 @@ def reference_seconds(library: ctypes.CDLL) -> float:
 
 
 @pytest.fixture(scope="module")
-def c_seconds(compile_c: Callable[[str], ctypes.CDLL]) -> Iterator[Callable[[], float]]:
-    library = compile_c("ref_replay.c")
-    yield lambda: reference_seconds(library)
+def c_seconds(compile_c: Callable[[str], ctypes.CDLL]) -> Callable[[str], float]:
+    return functools.partial(reference_seconds, compile_c("ref_replay.c"))
 
 
 @pytest.mark.parametrize("mmu", MMUS)
-@pytest.mark.benchmark(group="replay of the bundled recording")
+@pytest.mark.parametrize("recording", RECORDINGS)
+@pytest.mark.benchmark(group="replay of the bundled recordings")
 def bench_replay(
     benchmark: Any,
     request: pytest.FixtureRequest,
     record: Callable[..., None],
-    c_seconds: Callable[[], float],
+    c_seconds: Callable[[str], float],
     mmu: Any,
+    recording: str,
 ) -> None:
     reports, samples = [], {"": [], "c": []}
 
     def work() -> None:
-        reports.append(replay(open_trace(SAMPLE), mmu=mmu))
+        reports.append(replay(open_trace(RECORDINGS[recording]), mmu=mmu))
 
     # Unpacking is left out: the figures of interest are those inside the model.
     for _ in range(ROUNDS if benchmark.enabled or request.config.getoption("--ratios") else 1):
         work()
         # CPU time on both sides: wall time under load would be compared with the machine's other work.
         samples[""].append(reports[-1].cpu_seconds)
-        samples["c"].append(c_seconds())
+        samples["c"].append(c_seconds(recording))
     assert all(report.ok for report in reports)
     record(samples, items=reports[0].events)
     benchmark.pedantic(work, rounds=1)

@@ -71,13 +71,15 @@ def bench_access(against: Callable[..., None], compile_c: Callable[[str], ctypes
 
 
 @pytest.mark.parametrize("mmu", MMUS)
-@pytest.mark.benchmark(group="replay of the bundled recording with a TLB")
+@pytest.mark.parametrize("recording", recorded.RECORDINGS)
+@pytest.mark.benchmark(group="replay of the bundled recordings with a TLB")
 def bench_replay_tlb(
     benchmark: Any,
     request: pytest.FixtureRequest,
     record: Callable[..., None],
     compile_c: Callable[[str], ctypes.CDLL],
     mmu: Any,
+    recording: str,
 ) -> None:
     """Beside the guest's own tables walked in C, and the same replay without a TLB."""
     library = compile_c("ref_replay.c")
@@ -85,11 +87,11 @@ def bench_replay_tlb(
     events = 0
     for _ in range(ROUNDS if benchmark.enabled or request.config.getoption("--ratios") else 1):
         for name, tlb in (("", km.Tlb()), ("plain", None)):
-            report = replay(open_trace(recorded.SAMPLE), mmu=mmu, tlb=tlb)
+            report = replay(open_trace(recorded.RECORDINGS[recording]), mmu=mmu, tlb=tlb)
             assert report.ok
             # CPU time on both sides: wall time under load would be compared with the machine's other work.
             samples[name].append(report.cpu_seconds)
             events = report.events
-        samples["c"].append(recorded.reference_seconds(library))
+        samples["c"].append(recorded.reference_seconds(library, recording))
     record(samples, items=events)
     benchmark.pedantic(lambda: None, rounds=1)

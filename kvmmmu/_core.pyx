@@ -263,8 +263,7 @@ cdef class SplitSpte:
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.exc cimport PyErr_Clear
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check, PyLong_CheckExact
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_Check
 from cpython.number cimport PyNumber_Index
 
 from kvmmmu.bits.guest_walk cimport Walk, walk_present, walk_rights
@@ -277,12 +276,11 @@ from kvmmmu.engine.embed cimport Tables
 from kvmmmu.engine.memmap cimport memmap_index, memmap_insert, memmap_new
 from kvmmmu.engine.state cimport Access, MemMap, Translation
 from kvmmmu.engine.fault cimport walk_sptes
-from kvmmmu.engine.quick cimport Quick
-from kvmmmu.engine.single cimport single_flat, single_gpa, single_walk
+from kvmmmu.engine.paths cimport Paths, path_gpa, path_row, paths_init, single_gpa, single_row
 from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
 from kvmmmu.engine.choose cimport batch_kernel
 from kvmmmu.engine.gather cimport gather_here
-from kvmmmu.engine.translate cimport mappings_next, mappings_tables, translate_done, translate_proper, walk_any
+from kvmmmu.engine.translate cimport mappings_next, mappings_tables, walk_any
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory
 from kvmmmu.errors import ArgumentError
 from kvmmmu.outcome import Fault as _Fault, Rights as _Rights
@@ -290,9 +288,9 @@ from kvmmmu.outcome import Fault as _Fault, Rights as _Rights
 FAULTS = tuple(_Fault)
 RIGHTS = tuple(map(_Rights, range(8)))
 
-cdef extern from "Python.h":
-    # Without Cython's check: the caller looks.  size_t, because CPython goes byte by byte to unsigned long long.
-    uint64_t raw_word "PyLong_AsSize_t" (object) noexcept
+cdef extern from "kvmmmu/python.h":
+    bint HAVE_GIL "KVMMMU_GIL"
+    bint pyword "kvmmmu_pyword"(object value, uint64_t *word) noexcept
 
 cdef extern from *:
     """
@@ -312,12 +310,11 @@ def own_method(cls, str name):
 
 cdef inline uint64_t word_arg(object value, str name) except? 0:
     """An integer in 0..2^64-1, or an error that names the argument."""
-    cdef uint64_t word = raw_word(value) if PyLong_CheckExact(value) else ALL_ONES
-    return word if word != ALL_ONES else word_checked(value, name, 64)
+    cdef uint64_t word
+    return word if pyword(value, &word) else word_checked(value, name, 64)
 
 
 cdef uint64_t word_checked(object value, str name, int bits) except? 0:
-    PyErr_Clear()
     try:
         number = PyNumber_Index(value)
     except TypeError:
@@ -485,7 +482,7 @@ cdef class PagingCore(TablesHandle):
     cdef int hint[2]  # a dimension each
     cdef Tables tables
     cdef bint ready
-    cdef bint flat  # one dimension of the 64-bit format, which has a walk of its own
+    cdef Paths paths
     cdef list columns
 
     def __dealloc__(self):
@@ -547,7 +544,7 @@ cdef class PagingCore(TablesHandle):
         self.tables.map = &self.map
         self.tables.kernel = CHOSEN_KERNEL
         self.handle = <kvmmmu_tables *>&self.tables
-        self.flat = single_flat(&self.paging, &self.host, &self.map)
+        paths_init(&self.paths, &self.paging, &self.host, &self.map, HAVE_GIL)
         self.ready = True
 
     cdef int bind_areas(self, list areas) except -1:
@@ -588,13 +585,10 @@ cdef class PagingCore(TablesHandle):
         return 0
 
     @cython.final
-    cdef inline object gpa(self, uint64_t gva, uint64_t access, bint ac, bint set_ad):
-        cdef Quick q
-        cdef uint64_t gpa = 0
-        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], gva, access, ac, set_ad, &q):
-            return <int64_t>q.gpa
-        if single_gpa(&self.paging, &self.host, &self.map, self.hint, gva, access, ac, set_ad, &gpa):
-            return gpa
+    cdef object gpa(self, uint64_t gva, uint64_t access, bint ac, bint set_ad):
+        cdef uint64_t gpa
+        if single_gpa(&self.paths, &self.paging, &self.host, &self.map, self.hint, gva, access, ac, set_ad, &gpa):
+            return <int64_t>gpa
         return -1
 
     @cython.binding(False)
@@ -613,7 +607,10 @@ cdef class PagingCore(TablesHandle):
         int
             The address in memory, or -1 where the access faults (``walk_result`` tells why).
         """
-        return self.gpa(word_arg(gva, "gva"), 0, False, False)
+        cdef uint64_t gpa, word = word_arg(gva, "gva")
+        if path_gpa(&self.paths, &self.paging, word, &gpa):
+            return <int64_t>gpa
+        return self.gpa(word, 0, False, False)
 
     @cython.binding(False)
     @cython.embedsignature.format("clinic")
@@ -662,13 +659,9 @@ cdef class PagingCore(TablesHandle):
         The fastest call there is: one argument, and a result that is cheaper to make than a large ``int``.
         """
         cdef TranslationRow t = TranslationRow.__new__(TranslationRow)
-        cdef Quick q
-        cdef uint64_t word = word_arg(gva, "gva")
-        t.t.gva = word
-        if self.flat and single_walk(&self.paging, &self.map, self.hint[0], word, 0, False, False, &q):
-            translate_done(&self.paging, &q, q.gpa, &t.t)
-        else:
-            translate_proper(&self.paging, &self.host, &self.map, self.hint, word, 0, False, False, &t.t)
+        t.t.gva = word_arg(gva, "gva")
+        if not path_row(&self.paths, &self.paging, &t.t):
+            single_row(&self.paths, &self.paging, &self.host, &self.map, self.hint, &t.t)
         return t
 
     def translate_into(self, gvas, out, str access, cpl, bint ac, bint implicit, bint set_ad):
@@ -1182,8 +1175,11 @@ cdef class VmCore(VmHandle):
     def finish_delete(self):
         """The second half of a deletion that was held open; False: none is."""
         cdef Region r
+        cdef int err
         self.check_open()
-        if vm_finish_delete(self.vm, &r) != ERR_NONE:
+        with nogil:
+            err = vm_finish_delete(self.vm, &r)
+        if err != ERR_NONE:
             return False
         del self.exports[r.released]
         return True
@@ -1297,12 +1293,15 @@ cdef class VmCore(VmHandle):
         """One period of the recovery worker; the number of tables zapped."""
         cdef uint64_t share = as_word(ratio, "ratio", 32)
         self.check_open()
-        return nx_recover(self.vm, share)
+        with nogil:
+            share = nx_recover(self.vm, share)
+        return share
 
     def set_nx_huge_pages(self, bint on):
         """Switch the mitigation of a running VM."""
         self.check_open()
-        nx_huge_pages_set(self.vm, on)
+        with nogil:
+            nx_huge_pages_set(self.vm, on)
 
     def set_manual_protect(self, int bits):
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 the log is cleared by hand, 3 and starts all dirty."""
@@ -1381,7 +1380,8 @@ cdef class VmCore(VmHandle):
             while done < n:
                 now = min(n - done, <Py_ssize_t>(4096 - ((at + <uint64_t>done) & 4095)))
                 s = slot_find(vm_slots(self.vm, as_id), (at + <uint64_t>done) >> 12, &hint)
-                host_write(self.vm, s, (at + <uint64_t>done) >> 12)
+                with nogil:
+                    host_write(self.vm, s, (at + <uint64_t>done) >> 12)
                 guest_store(slot_host(s, (at + <uint64_t>done) >> 12) + ((at + <uint64_t>done) & 4095),
                             <const char *>data + done, <unsigned>now)
                 done += now
@@ -1648,7 +1648,7 @@ cdef class VcpuCore(VcpuHandle):
         raise VmClosedError("the VM was closed")
 
     @cython.final
-    cdef inline void release(self) noexcept:
+    cdef inline void release(self) noexcept nogil:
         vcpu_release(self.vcpu)
 
     # -- registers
@@ -1669,7 +1669,8 @@ cdef class VcpuCore(VcpuHandle):
     def set_smm(self, bint on):
         """Enter or leave system management mode."""
         self.claim()
-        vcpu_set_smm(self.vcpu, on)
+        with nogil:
+            vcpu_set_smm(self.vcpu, on)
         self.release()
 
     def load_sregs(self, cr0, cr3, cr4, efer, pkru, bint compat):
@@ -1684,11 +1685,8 @@ cdef class VcpuCore(VcpuHandle):
         regs.pkru = <uint32_t>as_word(pkru, "pkru", 32)
         regs.compat = compat
         self.claim()
-        if self.alone:
+        with nogil:
             result = set_sregs(self.vcpu, &regs)
-        else:
-            with nogil:
-                result = set_sregs(self.vcpu, &regs)
         self.release()
         return result == REG_OK
 
@@ -1739,7 +1737,8 @@ cdef class VcpuCore(VcpuHandle):
         cdef uint64_t root = as_word(ncr3, "ncr3")
         cdef bint done
         self.claim()
-        done = vcpu_set_guest_mode(self.vcpu, on, root)
+        with nogil:
+            done = vcpu_set_guest_mode(self.vcpu, on, root)
         self.release()
         return done
 
@@ -1754,11 +1753,8 @@ cdef class VcpuCore(VcpuHandle):
         Nothing under EPT, NPT or without paging.
         """
         self.claim()
-        if self.alone:
+        with nogil:
             roots_sync(self.vcpu)
-        else:
-            with nogil:
-                roots_sync(self.vcpu)
         self.release()
 
     # -- the processor's caches of translations
@@ -1782,12 +1778,13 @@ cdef class VcpuCore(VcpuHandle):
         """INVEPT (0), INVVPID (1), INVPCID (2); False: #GP(0), nothing changed."""
         cdef int result = REG_OK
         self.claim()
-        if which == 2:
-            result = vcpu_invpcid(self.vcpu, kind, pcid, gva)
-        elif which:
-            tlb_invvpid(self.vcpu, kind, gva)
-        else:
-            tlb_invept(self.vcpu)
+        with nogil:
+            if which == 2:
+                result = vcpu_invpcid(self.vcpu, kind, pcid, gva)
+            elif which:
+                tlb_invvpid(self.vcpu, kind, gva)
+            else:
+                tlb_invept(self.vcpu)
         self.release()
         return result == REG_OK
 
@@ -1803,11 +1800,14 @@ cdef class VcpuCore(VcpuHandle):
             self.vcpu.cpl = <uint8_t>cpl
         if self.alone:
             vcpu_access(self.vcpu, gva, bits, n, data, out)
+            self.vcpu.cpl = own
+            self.release()
         else:
             with nogil:
                 vcpu_access(self.vcpu, gva, bits, n, data, out)
-        self.vcpu.cpl = own
-        self.release()
+                self.vcpu.cpl = own
+                # First this: in the guest, nobody may be kept waiting for the interpreter.
+                self.release()
         return 0
 
     @cython.binding(False)
@@ -1963,8 +1963,8 @@ cdef class VcpuCore(VcpuHandle):
         with nogil:
             access_many(self.vcpu, <const uint64_t *>src.view.buf, <const uint8_t *>codes.view.buf, n, size,
                         <Access *>dst.view.buf)
-        self.vcpu.cpl = own
-        self.release()
+            self.vcpu.cpl = own
+            self.release()
 
     def walk_records(self, gva, kind, int cpl):
         """The guest's tables and the processor's for one address, as they are: nothing is set or faulted.
@@ -2038,7 +2038,7 @@ cdef class VcpuCore(VcpuHandle):
         self.claim()
         with nogil:
             replay_run(self.vcpu, &e, n, values, stop, &t)
-        self.release()
+            self.release()
         access.a = t.access
         return {
             "events": t.events, "disagreements": t.disagreements, "mmio": t.mmio, "mmio_cache": t.mmio_cache,

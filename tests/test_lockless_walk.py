@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = (ROOT / "docs" / "lockless-walk.md").read_text()
 FORCED = set(re.findall(r'case_add\(c, b"(\w+)"', (ROOT / "tests" / "native" / "forced.pyx").read_text()))
 FIELDS = ("Writer", "Reader sees", "Outcome", "Why", "Backed by")
-CASES = 42
+CASES = 43
 
 SECTIONS = {
     int(number): (title, body)

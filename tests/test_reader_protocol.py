@@ -54,9 +54,9 @@ def test_membarrier_is_used_where_the_system_has_it() -> None:
 
 @needs_linux
 def test_where_membarrier_is_refused_the_exchange_is_used_and_named() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED.replace("{number}", str(SYSCALL))], capture_output=True, text=True, check=False
-    )
+    # -P: the package that is installed, not sources in the working directory.
+    command = [sys.executable, "-P", "-c", REFUSED.replace("{number}", str(SYSCALL))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip("this system takes no filter of system calls")
     assert done.stdout.split() == ["exchange", "MMIO"], done.stderr

@@ -14,7 +14,7 @@ from kvmmmu.engine.region cimport vm_slots_free, vm_slots_init
 from kvmmmu.engine.reserve cimport vm_memory_free, vm_memory_init
 from kvmmmu.engine.roots cimport vcpu_reset
 from kvmmmu.engine.state cimport (
-    MAX_VCPUS, MMIO_OFF, MMU_EPT, MMU_SHADOW, Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock,
+    MAX_VCPUS, MMIO_OFF, MMU_EPT, MMU_SHADOW, NestedPaths, Vcpu, Vm, kvmmmu_line, kvmmmu_rwlock,
 )
 
 cdef extern from "stdlib.h" nogil:
@@ -85,6 +85,7 @@ cdef inline void vm_bury(Vm *vm) noexcept nogil:
     free(vm.events.ring)
     for i in range(vm.n_vcpus):
         free(vm.vcpus[i].tlb)
+        free(vm.vcpus[i].paths)
         free(vm.vcpus[i])
     for i in range(vm.n_lines):
         free(vm.lines[i])
@@ -100,6 +101,14 @@ cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
     if vcpu.line == NULL:
         return BIRTH_NO_MEMORY
     line_begin(vm, vcpu.line)
+    if vm.mmu != MMU_SHADOW:
+        vcpu.paths = <NestedPaths *>lines_new(sizeof(NestedPaths))
+        if vcpu.paths == NULL:
+            free(vcpu.line)
+            return BIRTH_NO_MEMORY
+        # Nothing was met yet: paths of formats 0 are of none.
+        memset(vcpu.paths.guest_met, 0xff, sizeof(vcpu.paths.guest_met))
+        memset(vcpu.paths.final_met, 0xff, sizeof(vcpu.paths.final_met))
     slots_lock(vm)
     if vm.n_vcpus < MAX_VCPUS:
         born = BIRTH_OK
@@ -112,5 +121,6 @@ cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
         st_release_u32(<uint32_t *>&vm.n_vcpus, <uint32_t>(vcpu.id + 1))
     slots_unlock(vm)
     if born != BIRTH_OK:
+        free(vcpu.paths)
         free(vcpu.line)
     return born

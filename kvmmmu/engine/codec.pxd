@@ -34,13 +34,16 @@ cdef inline size_t codec_mmio_make(const SpteMasks *masks, const uint64_t *gfn, 
 cdef inline size_t codec_mmio_split(const SpteMasks *masks, const uint64_t *spte, uint64_t *gfn, uint32_t *access,
                                     uint64_t *gen, size_t n) noexcept nogil:
     cdef SpteMasks m = masks[0]
+    cdef uint64_t word
     cdef size_t i
     for i in range(n):
-        if not spte_is_mmio(&m, spte[i]):
+        # Read once: for all the compiler knows, the columns written overlap the one read.
+        word = spte[i]
+        if not spte_is_mmio(&m, word):
             return i
-        gfn[i] = mmio_spte_gfn(&m, spte[i])
-        access[i] = mmio_spte_access(&m, spte[i])
-        gen[i] = mmio_spte_gen(spte[i])
+        gfn[i] = mmio_spte_gfn(&m, word)
+        access[i] = mmio_spte_access(&m, word)
+        gen[i] = mmio_spte_gen(word)
     return n
 
 

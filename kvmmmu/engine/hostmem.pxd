@@ -284,6 +284,7 @@ cdef inline MemMap *hostmem_publish(Vm *vm, HostPlan *plan) noexcept nogil:
     cdef MemMap *old = vm.hostmem
     if plan.map == NULL:
         return NULL
+    plan.map.serial = old.serial + 1
     memmap_index(plan.map)
     st_release_ptr(&vm.hostmem, plan.map)
     plan.map = NULL

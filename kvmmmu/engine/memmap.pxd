@@ -69,6 +69,7 @@ cdef inline MemMap *memmap_new(int capacity) noexcept nogil:
     if m == NULL:
         return NULL
     m.n = 0
+    m.serial = 0
     memmap_lay_out(m, capacity, columns_after(m + 1))
     return m
 

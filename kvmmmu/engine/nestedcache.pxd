@@ -8,7 +8,7 @@ was granted to that one.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.paging cimport FMT_64, Paging
+from kvmmmu.bits.paging cimport FMT_64, FMT_PAE, Paging, rsvd_fault
 from kvmmmu.engine.accept cimport Accept, accept_init, accepted
 from kvmmmu.engine.pdecache cimport (
     DIR_SLOTS, FOUND_LARGE, FOUND_NOTHING, FOUND_TABLE, TABLE_RIGHTS, PdeCache, leaf_load, leaf_place, pde_find,
@@ -17,7 +17,7 @@ from kvmmmu.engine.pdecache cimport (
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_last, window_host
 from kvmmmu.engine.rows cimport Batch
 from kvmmmu.engine.state cimport MemMap
-from kvmmmu.engine.walk cimport walk_second_access
+from kvmmmu.engine.walk cimport kvmmmu_ld_u64, walk_second_access
 
 cdef enum:
     TABLE_SLOTS = 64
@@ -83,6 +83,19 @@ cdef inline const uint8_t *nested_table(int host_fmt, Nested *n, uint64_t gpa) n
     return host + (gpa & 0xfff)
 
 
+cdef inline bint nested_pdpte(int host_fmt, Nested *n, uint64_t va, uint64_t *table) noexcept nogil:
+    """Read the PDPTE of an address from memory, as under NPT (APM vol. 2 section 15.25).  False: that is unusual."""
+    cdef const Paging *p = n.guest.cache.paging
+    cdef const uint8_t *host = nested_table(host_fmt, n, p.root | ((va >> 30) << 3))
+    cdef uint64_t entry
+    if host == NULL:
+        return False
+    # It has neither rights nor A: nothing of it is left in what is remembered below.
+    entry = kvmmmu_ld_u64(<const uint64_t *>host)
+    table[0] = entry & p.addr_mask
+    return entry & PT_PRESENT_MASK != 0 and not rsvd_fault(p, LEVEL_1G, entry)
+
+
 cdef inline uint64_t nested_fill(int fmt, int host_fmt, Nested *n, uint64_t va) noexcept nogil:
     """As ``pde_fill`` for the guest's tables."""
     cdef PdeCache *c = &n.guest.cache
@@ -93,7 +106,11 @@ cdef inline uint64_t nested_fill(int fmt, int host_fmt, Nested *n, uint64_t va) 
     cdef int level = 0
     found = c.dir_table[key & (DIR_SLOTS - 1)]
     if fmt != FMT_64 or c.dir_tag[key & (DIR_SLOTS - 1)] != key:
-        if not quick_begin(fmt, p, &va, &table, &level):
+        if fmt == FMT_PAE and p.pdpte_in_memory:
+            if not nested_pdpte(host_fmt, n, va, &table):
+                return FOUND_NOTHING
+            level = LEVEL_2M
+        elif not quick_begin(fmt, p, &va, &table, &level):
             return FOUND_NOTHING
         while level > LEVEL_2M:
             host = nested_table(host_fmt, n, table)

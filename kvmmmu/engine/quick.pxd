@@ -172,6 +172,15 @@ cdef inline bint quick_memory(const Paging *p, const MemMap *m, int *hint, Windo
     return False
 
 
+cdef inline int quick_final(const Paging *host, const MemMap *m, int *hint, Walk *hw, uint64_t access, bint set_ad,
+                            const Quick *q, uint64_t *hpa) noexcept nogil:
+    """The final address properly, once the guest's tables said yes."""
+    if walk_second(host, m, hint, hw, q.gpa, walk_second_access(host, access), host.final_note, set_ad) != FAULT_NONE:
+        return QUICK_FINAL
+    hpa[0] = hw.gpa
+    return QUICK_YES
+
+
 cdef inline int quick_nested(const Paging *guest, const Paging *host, const MemMap *m, int *hint, int *guest_hint,
                              Walk *hw, uint64_t gva, uint64_t access, bint ac, bint set_ad, Quick *q,
                              uint64_t *hpa) noexcept nogil:
@@ -195,9 +204,4 @@ cdef inline int quick_nested(const Paging *guest, const Paging *host, const MemM
             r = quick_nested_walk(FMT_64, FMT_64, guest, host, m, hint, guest_hint, gva, access, ac, set_ad, q, hpa)
         elif guest.format == FMT_32:
             r = quick_nested_walk(FMT_32, FMT_64, guest, host, m, hint, guest_hint, gva, access, ac, set_ad, q, hpa)
-    if r != QUICK_FINAL:
-        return r
-    if walk_second(host, m, hint, hw, q.gpa, walk_second_access(host, access), host.final_note, set_ad) != FAULT_NONE:
-        return QUICK_FINAL
-    hpa[0] = hw.gpa
-    return QUICK_YES
+    return quick_final(host, m, hint, hw, access, set_ad, q, hpa) if r == QUICK_FINAL else r

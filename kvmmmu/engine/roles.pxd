@@ -99,6 +99,7 @@ cdef inline void guest_formats(Vcpu *vcpu) noexcept nogil:
         return
     paging_init(&vcpu.guest, &vcpu.regs, &vcpu.model, DIALECT_KVM)
     if tdp_enabled(vcpu.vm):
+        vcpu.paths.formats += 1
         paging_init(&vcpu.guest_hw, &vcpu.regs, &vcpu.model, DIALECT_SDM)
         # SVM reads PDPTEs from memory at each walk; VMX has them in registers.
         vcpu.guest_hw.pdpte_in_memory = vcpu.vm.mmu == MMU_NPT

@@ -8,11 +8,10 @@ same translation; everything else is walked as ``quick.pxd`` and ``walk.pxd`` do
 from libc.stdint cimport uint8_t, uint64_t
 from kvmmmu.bits.access cimport permission_index
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.guest_walk cimport Walk, walk_entry_offset, walk_rights
-from kvmmmu.bits.paging cimport DIALECT_SDM, FAULT_NONE, FMT_64, FMT_NONE, Paging, permission_fault, va_canonical
+from kvmmmu.bits.guest_walk cimport walk_entry_offset, walk_rights
+from kvmmmu.bits.paging cimport DIALECT_SDM, FMT_64, FMT_NONE, Paging, permission_fault, va_canonical
 from kvmmmu.engine.quick cimport Quick
 from kvmmmu.engine.state cimport MemMap
-from kvmmmu.engine.translate cimport walk_any
 from kvmmmu.engine.walk cimport kvmmmu_ld_u64
 
 
@@ -105,13 +104,3 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
 cdef inline bint single_flat(const Paging *p, const Paging *host, const MemMap *m) noexcept nogil:
     """``single_walk`` may be asked."""
     return p.format == FMT_64 and p.dialect == DIALECT_SDM and host.format == FMT_NONE and m.n > 0
-
-
-cdef inline bint single_gpa(const Paging *p, const Paging *host, const MemMap *m, int *hint, uint64_t gva,
-                            uint64_t access, bint ac, bint set_ad, uint64_t *gpa) noexcept nogil:
-    """The address alone, by the general walk; False where the access faults."""
-    cdef Walk w, hw
-    if walk_any(p, host, m, hint, &w, &hw, gva, access, ac, set_ad) != FAULT_NONE:
-        return False
-    gpa[0] = w.gpa if host.format == FMT_NONE else hw.gpa
-    return True

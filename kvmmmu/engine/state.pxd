@@ -68,6 +68,7 @@ cdef struct MemMap:
     # Areas of frames in ascending order, as columns: what every walk reads memory through.
     int n
     int levels            # of the index; 0: ``first`` is one line
+    uint64_t serial       # of the maps a VM has published: an address it gave holds as long
     uint64_t *first       # first frame of each area; ALL_ONES behind the last one of a line that is not full
     uint64_t *npages
     uint8_t **host        # host address of its first byte; NULL: no memory there
@@ -436,6 +437,28 @@ cdef struct Fault:
     uint64_t pfn
     uint32_t access       # ACC rights of the guest's translation
 
+cdef struct NestedPath:
+    # Entries above a leaf that led there once (nestedpaths.pxd).
+    uint64_t key          # address >> 21; none has all ones
+    uint64_t formats      # NestedPaths.formats, the map of host memory and the root it was taken down under
+    uint64_t serial
+    uint64_t root
+    const uint8_t *table  # the lowest table in host memory
+    uint64_t entry        # or the large page's entry
+    uint64_t accessed     # A, if every entry of the tables has it
+    uint32_t acc          # ACC rights of all
+    int level             # of the leaf
+    int n
+    const uint64_t *at[24]
+    uint64_t word[24]
+
+cdef struct NestedPaths:
+    uint64_t formats      # moves when the formats of the tables do, or where the guest's begin
+    uint64_t guest_met[64]  # keys met once: a path is kept for who comes again
+    uint64_t final_met[64]
+    NestedPath guest[64]
+    NestedPath final[64]
+
 cdef struct Vcpu:
     Vm *vm
     int id
@@ -477,6 +500,7 @@ cdef struct Vcpu:
     uint64_t stats[64]    # written by the owner of the vCPU alone
     uint64_t leaves[3]    # by level: what its faults under mmu_lock for read added to the VM's STAT_PAGES_*
     Tlb *tlb              # NULL: the processor caches nothing
+    NestedPaths *paths    # under EPT and NPT
     int32_t free_pages[8]  # taken from the arena before mmu_lock
     int n_free_pages
     uint32_t lonely_exits  # of the present access, in a row, with nobody else at work in the VM

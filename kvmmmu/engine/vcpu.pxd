@@ -18,7 +18,8 @@ from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick, quick_nested
+from kvmmmu.engine.nestedpaths cimport nested_quick
+from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick
 from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
 from kvmmmu.engine.single cimport single_walk
@@ -90,8 +91,8 @@ cdef inline int hardware_access_nested(Vcpu *vcpu, uint64_t gva, uint64_t access
     cdef Quick q
     if vcpu.tlb != NULL and not vcpu.guest_mode:
         return tlb_access(vcpu, gva, access, gpa, hpa)
-    quick = quick_nested(&vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.nested, gva, access,
-                         vcpu.ac, True, &q, hpa)
+    quick = nested_quick(vcpu.paths, &vcpu.guest_hw, &vcpu.hw, mem, &vcpu.table_hint, &vcpu.mem_hint, &vcpu.nested,
+                         gva, access, vcpu.ac, &q, hpa)
     if quick == QUICK_YES:
         gpa[0] = q.gpa
         return FAULT_NONE

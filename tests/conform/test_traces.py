@@ -37,6 +37,12 @@ def test_the_bundled_run_agrees_to_its_last_page_table_entry_and_repeated_mmio_t
     assert report.mmio["slow path"] < 0.001 * trace.meta["nio"]
 
 
+def test_the_raw_sample_agrees_in_every_mode_and_leaves_no_access_out() -> None:
+    report = check(bundled_trace(raw=True))
+    assert report.ok, "\n".join(report.disagreements)
+    assert report.total == len(MMUS) * 200_000
+
+
 @pytest.mark.parametrize("mmu", MMUS)
 def test_every_invariant_holds_after_every_ten_thousandth_event(mmu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[VM] = []

@@ -14,6 +14,7 @@ from kvmmmu.walks import Fault
 
 PG_PE_WP = 0x80010001
 PAGES = 24
+PDPT = 0xFE0  # in each page of tables, where few addresses lead
 A, D = 0x20, 0x40
 # (cr0, cr4, efer).
 MODES = {
@@ -36,6 +37,9 @@ extras = st.sampled_from([0, 0, 0, 0, 0, 1 << 63, 1 << 51, 1 << 45, 1 << 59, 3 <
 gpte = st.builds(lambda page, low, high: page << 12 | low | high, st.integers(0, PAGES - 1), rights, extras)
 ept_low = st.sampled_from([0x37, 0x337, 0x337, 0x337, 0x137, 0x31, 0x335, 0x3B7, 0x1B7, 0x36, 0x34, 0])
 ept_entry = st.builds(lambda page, low: page << 12 | low, st.integers(0, PAGES - 1), ept_low)
+# Mostly as a PDPTE must be; the last two have reserved bits.
+pdpte_bits = st.sampled_from([1, 1, 1, 1, 9, 0xE01, 0, 0x21, 1 << 63 | 1])
+pdpte = st.builds(lambda page, bits: page << 12 | bits, st.integers(8, 15), pdpte_bits)
 # Few pages, met again and again, alone and in runs, also at the ends of the address space.
 gvas = st.one_of(
     st.builds(lambda a, b, c: a << 30 | b << 21 | c << 12, *(st.integers(0, 3),) * 3),
@@ -74,6 +78,20 @@ def second_dimension(host: str) -> EptTables | NptTables | None:
     return EptTables(eptp, cpu=cpu)
 
 
+def compare(words, gvas, access, flags, make) -> None:  # type: ignore[no-untyped-def]
+    """Twice the same batch by every kernel: the second time nothing is left to set."""
+    cpl, ac, implicit, set_ad = 3 * flags[0], flags[1], flags[2], flags[3]
+    answers = []
+    for kernel in (0, *KERNELS):
+        memory = words.copy()
+        paging = make(memory)
+        paging.kernel = kernel
+        rows = [paging.translate(gvas, access, cpl, ac=ac, implicit=implicit, set_ad=set_ad) for _ in range(2)]
+        answers.append((kernel, *(r.tobytes() for r in rows), memory.tobytes()))
+    for kernel, *answer in answers[1:]:
+        assert answer == list(answers[0][1:]), f"kernel {kernel}"
+
+
 @settings(max_examples=400)
 @given(
     mode=st.sampled_from(sorted(MODES)),
@@ -81,6 +99,7 @@ def second_dimension(host: str) -> EptTables | NptTables | None:
     dialect=st.sampled_from(["sdm", "kvm"]),
     tables=st.lists(st.lists(gpte, min_size=1, max_size=4), min_size=16, max_size=16),
     below=st.lists(st.lists(st.one_of(gpte, ept_entry), min_size=1, max_size=3), min_size=8, max_size=8),
+    pdpt=st.lists(pdpte, min_size=4, max_size=4),
     runs=trace,
     seed=st.integers(0, 9),
     access=st.sampled_from("rwx"),
@@ -89,7 +108,7 @@ def second_dimension(host: str) -> EptTables | NptTables | None:
     pkru=st.integers(0, 0xFFFF),
 )
 def test_a_batch_is_walks_one_by_one_bit_for_bit(  # type: ignore[no-untyped-def]
-    mode, host, dialect, tables, below, runs, seed, access, flags, compat, pkru
+    mode, host, dialect, tables, below, pdpt, runs, seed, access, flags, compat, pkru
 ):
     words = np.zeros((PAGES, 512), np.uint64)
     for page, values in enumerate(tables):
@@ -98,23 +117,50 @@ def test_a_batch_is_walks_one_by_one_bit_for_bit(  # type: ignore[no-untyped-def
         # The topmost nested tables lead to lower ones, so that something is translated at all.
         lead = [((17 + page) << 12) | (0x67 if host == "npt" else 0x307)]
         entries_at(words, 16 + page, lead if page < 3 and host != "none" else values, True)
-    words[0, :4] = [1 << 12 | 1, 2 << 12 | 1, 3 << 12 | 1, 0] if mode == "PAE" else words[0, :4]
+    if mode == "PAE":
+        # Under NPT it is read at each walk, wherever the nested tables put it.
+        words[:16, PDPT // 8 :] = pdpt
     cr0, cr4, efer = MODES[mode]
-    gvas = addresses(runs, seed)
-    cpl, ac, implicit, set_ad = 3 * flags[0], flags[1], flags[2], flags[3]
-    answers = []
-    for kernel in (0, *KERNELS):
-        memory = words.copy()
-        paging = Paging(
-            cr0, 0, cr4, efer, GuestCpu(maxphyaddr=44), pkru=pkru, memory=memory, nested=second_dimension(host),
-            dialect=dialect, compat=compat, pdptes=[0x1001, 0x2001, 0x3001, 0] if mode == "PAE" else None,
-        )  # fmt: skip
-        paging.kernel = kernel
-        # Twice: the second time nothing is left to set.
-        rows = [paging.translate(gvas, access, cpl, ac=ac, implicit=implicit, set_ad=set_ad) for _ in range(2)]
-        answers.append((kernel, *(r.tobytes() for r in rows), memory.tobytes()))
-    for kernel, *answer in answers[1:]:
-        assert answer == list(answers[0][1:]), f"kernel {kernel}"
+    compare(
+        words, addresses(runs, seed), access, flags,
+        lambda memory: Paging(
+            cr0, PDPT if mode == "PAE" else 0, cr4, efer, GuestCpu(maxphyaddr=44), pkru=pkru, memory=memory,
+            nested=second_dimension(host), dialect=dialect, compat=compat,
+            pdptes=[0x1001, 0x2001, 0x3001, 0] if mode == "PAE" else None,
+        ),
+    )  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(
+    dialect=st.sampled_from(["sdm", "kvm"]),
+    tables=st.lists(st.lists(gpte, min_size=1, max_size=4), min_size=7, max_size=7),
+    pdpt=st.lists(pdpte, min_size=4, max_size=4),
+    below=st.dictionaries(st.integers(0, PAGES - 1), gpte, max_size=6),
+    runs=trace,
+    seed=st.integers(0, 9),
+    access=st.sampled_from("rwx"),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from([True, True, False])),
+)
+def test_a_pae_guest_over_nested_tables_that_mostly_map_each_page_to_itself(  # type: ignore[no-untyped-def]
+    dialect, tables, pdpt, below, runs, seed, access, flags
+):
+    words = np.zeros((PAGES, 512), np.uint64)
+    for page in range(3):
+        words[page, 0] = (page + 1) << 12 | 0x67
+    words[3, :PAGES] = np.arange(PAGES, dtype=np.uint64) << np.uint64(12) | np.uint64(0x67)
+    for page, entry in below.items():
+        words[3, page] = entry
+    for page, values in enumerate(tables):
+        entries_at(words, 9 + page, values, True)
+    words[8, :4] = pdpt
+    compare(
+        words, addresses(runs, seed), access, flags,
+        lambda memory: Paging(
+            *(PG_PE_WP, 0x8000, 0x20, 0x800), GuestCpu(maxphyaddr=44), memory=memory, nested=NptTables(0),
+            dialect=dialect,
+        ),
+    )  # fmt: skip
 
 
 SLICES = sorted((Path(__file__).parents[1] / "data" / "vectors").glob("*.npz"))
@@ -194,6 +240,27 @@ class TestOrder:
             answers.append((rows.tobytes(), tables.tobytes()))
             assert (rows["fault"][:49] == Fault.NONE).all()
             assert (rows["fault"][49:] == Fault.EPT_MISCONFIG).all()  # A of the guest is a reserved bit below
+        assert answers[0] == answers[1]
+
+    def test_a_bit_set_in_a_pdpte_is_reserved_to_the_next_row_that_reads_it_from_memory(self, kernel: int) -> None:
+        memory = np.zeros((32, 512), np.uint64)
+        pages = np.arange(32, dtype=np.uint64) << np.uint64(12)
+        memory[0, 0], memory[1, 0], memory[2, 0] = 0x1067, 0x2067, 0x3067
+        memory[3, :32] = pages | np.uint64(0x67)
+        # The lowest guest table holds the PDPT as well: its entry 256 is the first PDPTE.
+        memory[9, 0], memory[10, :32] = 0xA063, pages | np.uint64(0x63)
+        memory[10, 256:258] = 0x9001, 0x9001
+        first = [page << 12 for page in range(30)] * 3
+        gvas = [*first, 256 << 12, *first, *(gva | 1 << 30 for gva in first)]
+        answers = []
+        for how in (0, kernel):
+            tables = memory.copy()
+            paging = Paging(PG_PE_WP, 0xA800, 0x20, 0x800, memory=tables, nested=NptTables(0))
+            rows = batch(paging, gvas, how, "r", set_ad=True)
+            answers.append((rows.tobytes(), tables.tobytes()))
+            assert (rows["fault"] == [0] * 91 + [Fault.PF] * 90 + [0] * 90).all()
+            assert (rows["error_code"][91:181] == 9).all() and (rows["level"][91:181] == 3).all()
+            assert (rows["gpa"][181:] == first).all()
         assert answers[0] == answers[1]
 
     def test_a_table_that_is_its_own_leaf_shows_the_bits_that_earlier_rows_set(self, kernel: int) -> None:
