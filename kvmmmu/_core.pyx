@@ -5,6 +5,7 @@ import os
 
 # ---- sptes and constants
 cimport cython
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strcmp
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
@@ -272,6 +273,7 @@ from kvmmmu.bits.paging cimport (
 )
 from kvmmmu.engine.cases cimport WalkAnswer, WalkCase, cases_run
 from kvmmmu.engine.embed cimport Tables
+from kvmmmu.engine.memmap cimport memmap_index, memmap_insert, memmap_new
 from kvmmmu.engine.state cimport Access, MemMap, Translation
 from kvmmmu.engine.fault cimport walk_sptes
 from kvmmmu.engine.paths cimport Paths, path_gpa, path_row, paths_init, single_gpa, single_row
@@ -475,7 +477,8 @@ cdef class PagingCore(TablesHandle):
 
     cdef Paging paging
     cdef Paging host
-    cdef MemMap map
+    cdef MemMap map  # the header of ``areas``, whose columns it has
+    cdef MemMap *areas
     cdef int hint[2]  # a dimension each
     cdef Tables tables
     cdef bint ready
@@ -483,10 +486,7 @@ cdef class PagingCore(TablesHandle):
     cdef list columns
 
     def __dealloc__(self):
-        PyMem_RawFree(self.map.first)
-        PyMem_RawFree(self.map.npages)
-        PyMem_RawFree(self.map.host)
-        PyMem_RawFree(self.map.writable)
+        free(self.areas)
 
     def __init__(self, list areas, tuple registers, tuple model, int dialect, tuple second, object pdptes):
         """``areas``: (gpa, buffer); ``registers``: cr0 cr3 cr4 efer pkru compat; ``model``: the CpuModel's fields;
@@ -569,23 +569,18 @@ cdef class PagingCore(TablesHandle):
             found.append((gpa, column, writable))
         found.sort(key=area_start)
         n = len(found)
-        self.map.first = <uint64_t *>PyMem_RawMalloc((n or 1) * sizeof(uint64_t))
-        self.map.npages = <uint64_t *>PyMem_RawMalloc((n or 1) * sizeof(uint64_t))
-        self.map.host = <uint8_t **>PyMem_RawMalloc((n or 1) * sizeof(uint8_t *))
-        self.map.writable = <uint8_t *>PyMem_RawMalloc((n or 1) * sizeof(uint8_t))
-        if not self.map.first or not self.map.npages or not self.map.host or not self.map.writable:
+        free(self.areas)
+        self.areas = memmap_new(<int>n)
+        if self.areas == NULL:
             raise MemoryError()
         for i in range(n):
             gpa, column, writable = found[i]
             if i and gpa < end:
                 raise ArgumentError(f"the area at gpa {gpa:#x} overlaps the one before, which ends at {end:#x}")
             end = gpa + <uint64_t>column.view.len
-            self.map.first[i] = gpa >> 12
-            self.map.npages[i] = <uint64_t>column.view.len >> 12
-            self.map.host[i] = <uint8_t *>column.view.buf
-            self.map.writable[i] = writable
-        self.map.n = <int>n
-        self.map.capacity = <int>n
+            memmap_insert(self.areas, gpa >> 12, <uint64_t>column.view.len >> 12, <uint8_t *>column.view.buf, writable)
+        memmap_index(self.areas)
+        self.map = self.areas[0]
         self.columns = found
         return 0
 
@@ -900,8 +895,8 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
     cdef WalkColumn out = WalkColumn.of(answers, "answers", sizeof(WalkAnswer), n, True)
     cdef const int64_t *offset = <const int64_t *>o.view.buf
     cdef const uint64_t *address = <const uint64_t *>pa.view.buf
-    cdef MemMap scratch
-    cdef int64_t i, most = 0, bad
+    cdef MemMap *scratch
+    cdef int64_t i, most = 0
     cdef uint8_t *pages
     if offset[0] != 0 or offset[n] != nwords:
         raise ArgumentError(f"offsets run from {offset[0]} to {offset[n]}; wanted is 0 to {nwords}")
@@ -916,37 +911,26 @@ def walk_cases(cases, offsets, words_pa, words, words_after, answers, int dialec
         in_range((<const WalkCase *>c.view.buf)[i].maxphyaddr, "maxphyaddr", 32, 52)
     if most > 4096:
         raise ArgumentError(f"one case lists {most} words; allowed are 4096")
-    scratch.n = 0
-    scratch.capacity = <int>most
-    scratch.first = <uint64_t *>PyMem_RawMalloc((most or 1) * sizeof(uint64_t))
-    scratch.npages = <uint64_t *>PyMem_RawMalloc((most or 1) * sizeof(uint64_t))
-    scratch.host = <uint8_t **>PyMem_RawMalloc((most or 1) * sizeof(uint8_t *))
-    scratch.writable = <uint8_t *>PyMem_RawMalloc((most or 1) * sizeof(uint8_t))
+    scratch = memmap_new(<int>most)
     pages = <uint8_t *>PyMem_RawMalloc((most or 1) * 4096)
     try:
-        if not scratch.first or not scratch.npages or not scratch.host or not scratch.writable or not pages:
+        if scratch == NULL or pages == NULL:
             raise MemoryError()
         memset(pages, 0, most * 4096)
         for i in range(most):
-            scratch.npages[i] = 1
             scratch.host[i] = pages + 4096 * i
             scratch.writable[i] = 1
         with nogil:
-            bad = cases_run(<const WalkCase *>c.view.buf, n, offset, address, <const uint64_t *>before.view.buf,
-                            <uint64_t *>after.view.buf, dialect, kernel, &scratch, <WalkAnswer *>out.view.buf)
-        assert bad < 0
+            cases_run(<const WalkCase *>c.view.buf, n, offset, address, <const uint64_t *>before.view.buf,
+                      <uint64_t *>after.view.buf, dialect, kernel, scratch, <WalkAnswer *>out.view.buf)
     finally:
-        PyMem_RawFree(scratch.first)
-        PyMem_RawFree(scratch.npages)
-        PyMem_RawFree(scratch.host)
-        PyMem_RawFree(scratch.writable)
+        free(scratch)
         PyMem_RawFree(pages)
 
 
 # ---- memory, memslots, events, counters ------------------------------------------
 
 from cpython.buffer cimport Py_buffer, PyBUF_RECORDS_RO, PyBuffer_IsContiguous, PyObject_CheckBuffer
-from libc.stdlib cimport calloc, free
 from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, lines_new, vcpu_birth, vm_birth, vm_bury

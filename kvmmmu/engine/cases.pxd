@@ -11,6 +11,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
 from kvmmmu.engine.batch cimport BATCH_WALK, translate_many
+from kvmmmu.engine.memmap cimport memmap_index
 from kvmmmu.engine.state cimport MemMap, Translation
 from kvmmmu.engine.translate cimport translate_each
 from kvmmmu.engine.walk cimport load_pdptrs, load_pdptrs_nested, walk_memory, walk_nested
@@ -170,8 +171,8 @@ cdef inline void case_answer(WalkAnswer *a, int fault, const Walk *w, const Walk
         a.fault_gpa = fault_gpa
 
 
-cdef inline int case_pages(const uint64_t *pa, int64_t n, MemMap *m) noexcept nogil:
-    """Fill the map with the pages of the words' addresses in ascending order; -1: more than fit."""
+cdef inline void case_pages(const uint64_t *pa, int64_t n, MemMap *m) noexcept nogil:
+    """Fill the map, which has room for ``n``, with the pages of the words' addresses in ascending order."""
     cdef int64_t i
     cdef int j, k
     cdef uint64_t frame
@@ -183,13 +184,12 @@ cdef inline int case_pages(const uint64_t *pa, int64_t n, MemMap *m) noexcept no
             j -= 1
         if j > 0 and m.first[j - 1] == frame:
             continue
-        if m.n == m.capacity:
-            return -1
+        m.npages[m.n] = 1
         m.n += 1
         for k in range(m.n - 1, j, -1):
             m.first[k] = m.first[k - 1]
         m.first[j] = frame
-    return 0
+    memmap_index(m)
 
 
 cdef inline uint64_t *case_word(const MemMap *m, uint64_t pa) noexcept nogil:
@@ -199,20 +199,18 @@ cdef inline uint64_t *case_word(const MemMap *m, uint64_t pa) noexcept nogil:
     return <uint64_t *>(m.host[j] + (pa & 0xfff))
 
 
-cdef inline int64_t cases_run(const WalkCase *cases, int64_t n, const int64_t *offsets, const uint64_t *words_pa,
-                              const uint64_t *words, uint64_t *words_after, int dialect, int kernel,
-                              MemMap *scratch, WalkAnswer *answers) noexcept nogil:
+cdef inline void cases_run(const WalkCase *cases, int64_t n, const int64_t *offsets, const uint64_t *words_pa,
+                           const uint64_t *words, uint64_t *words_after, int dialect, int kernel, MemMap *scratch,
+                           WalkAnswer *answers) noexcept nogil:
     """Walk every case; ``words_after`` gets its memory as the walk left it.
 
-    ``scratch`` has its pages' host addresses filled in and zeroed.  Returns -1, or the number
-    of the first case with more pages than scratch has.
+    ``scratch`` has its pages' host addresses filled in and zeroed, one for each word of the longest case.
     """
     cdef int64_t i, j, first, count
     for i in range(n):
         first = offsets[i]
         count = offsets[i + 1] - first
-        if case_pages(words_pa + first, count, scratch) < 0:
-            return i
+        case_pages(words_pa + first, count, scratch)
         for j in range(first, first + count):
             case_word(scratch, words_pa[j])[0] = words[j]
         case_walk(&cases[i], dialect, scratch, kernel, &answers[i])
@@ -220,4 +218,3 @@ cdef inline int64_t cases_run(const WalkCase *cases, int64_t n, const int64_t *o
             words_after[j] = case_word(scratch, words_pa[j])[0]
         for j in range(first, first + count):
             case_word(scratch, words_pa[j])[0] = 0
-    return -1

@@ -5,11 +5,13 @@ Gathers are slow on processors whose microcode serialises them (Gather Data Samp
 """
 
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport DIALECT_SDM, CpuModel, CpuRegs, Paging, paging_init
 from kvmmmu.engine.batch cimport BATCH_GATHER, BATCH_RING, translate_many
 from kvmmmu.engine.gather cimport gather_here
+from kvmmmu.engine.memmap cimport memmap_index, memmap_insert, memmap_new
 from kvmmmu.engine.state cimport MemMap, Translation
 
 cdef extern from "kvmmmu/gather.h" nogil:
@@ -29,12 +31,12 @@ cdef inline bint trial_gather_wins(Trial *t) noexcept nogil:
     cdef CpuRegs regs
     cdef CpuModel model
     cdef Paging p, none
-    cdef MemMap m
-    cdef uint64_t first = 0, npages = 4, ticks
+    cdef MemMap *m = memmap_new(1)
+    cdef uint64_t ticks
     cdef uint64_t[3] best
-    cdef uint8_t *host = <uint8_t *>t.tables
-    cdef uint8_t writable = 0
     cdef int i, _, kernel
+    if m == NULL:
+        return False
     memset(&regs, 0, sizeof(regs))
     memset(&model, 0, sizeof(model))
     memset(&none, 0, sizeof(none))
@@ -48,20 +50,18 @@ cdef inline bint trial_gather_wins(Trial *t) noexcept nogil:
     for i in range(TRIAL_ROWS):
         t.tables[3][i] = (<uint64_t>i << 12) | PT_PRESENT_MASK | PT_WRITABLE_MASK | PT_USER_MASK
         t.gvas[i] = <uint64_t>((i * 181) & (TRIAL_ROWS - 1)) << 12  # every page once
-    m.n = 1
-    m.first = &first
-    m.npages = &npages
-    m.host = &host
-    m.writable = &writable
+    memmap_insert(m, 0, 4, <uint8_t *>t.tables, False)
+    memmap_index(m)
     best[<int>BATCH_RING] = ALL_ONES
     best[<int>BATCH_GATHER] = ALL_ONES
     for _ in range(TRIAL_ROUNDS):
         for kernel in range(BATCH_RING, BATCH_GATHER + 1):
             ticks = kvmmmu_ticks()
-            translate_many(&p, &none, &m, t.gvas, TRIAL_ROWS, PFERR_USER, False, False, kernel, t.rows)
+            translate_many(&p, &none, m, t.gvas, TRIAL_ROWS, PFERR_USER, False, False, kernel, t.rows)
             ticks = kvmmmu_ticks() - ticks
             if ticks < best[kernel]:
                 best[kernel] = ticks
+    free(m)
     return best[<int>BATCH_GATHER] < best[<int>BATCH_RING]
 
 

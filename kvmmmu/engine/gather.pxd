@@ -4,7 +4,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from kvmmmu.engine.accept cimport Accept
 from kvmmmu.engine.pdecache cimport FOUND_LARGE, Pdes
-from kvmmmu.engine.ring cimport prefetch
+from kvmmmu.engine.memory cimport prefetch
 from kvmmmu.engine.rows cimport Batch, row_again, row_place, rows_same, rows_same_unusual
 from kvmmmu.engine.state cimport Translation
 

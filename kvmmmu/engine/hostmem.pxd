@@ -14,7 +14,7 @@ from kvmmmu.engine.state cimport (ARENA_PAGES, ERR_INVAL, ERR_NOMEM, ERR_NONE, H
                                   RANGE_PFN_ALIGN, Segment, Vm, WHY_BACKING, WHY_INCONGRUENT, WHY_NONE, WHY_NO_FRAMES,
                                   WHY_NO_MEMORY)
 from kvmmmu.engine.memory cimport memmap_find
-from kvmmmu.engine.memmap cimport memmap_clone, memmap_cut, memmap_insert
+from kvmmmu.engine.memmap cimport memmap_clone, memmap_cut, memmap_index, memmap_insert
 from kvmmmu.engine.atomics cimport ld_acquire_ptr, ld_u8, st_release_ptr
 
 
@@ -39,7 +39,7 @@ cdef inline MemMap *vm_hostmem(const Vm *vm) noexcept nogil:
 cdef inline uint8_t *pfn_to_host(const Vm *vm, uint64_t pfn, int *hint) noexcept nogil:
     """Host address of a frame, or NULL where no memory stands."""
     cdef const MemMap *m = vm_hostmem(vm)
-    cdef int i = memmap_find(m, pfn, hint)
+    cdef int i = memmap_find(m, pfn, hint, m.host)
     return m.host[i] + ((pfn - m.first[i]) << 12) if i >= 0 else NULL
 
 
@@ -285,6 +285,7 @@ cdef inline MemMap *hostmem_publish(Vm *vm, HostPlan *plan) noexcept nogil:
     if plan.map == NULL:
         return NULL
     plan.map.serial = old.serial + 1
+    memmap_index(plan.map)
     st_release_ptr(&vm.hostmem, plan.map)
     plan.map = NULL
     return old

@@ -3,8 +3,12 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport malloc
-from libc.string cimport memcpy, memmove
-from kvmmmu.engine.state cimport MemMap
+from libc.string cimport memcpy, memmove, memset
+from kvmmmu.bits.constants cimport ALL_ONES
+from kvmmmu.engine.state cimport MEMMAP_LEVELS, MEMMAP_LINE, MEMMAP_NODE, MemMap
+
+cdef enum:
+    CACHE_LINE = 64
 
 
 cdef inline int capacity_step(int n) noexcept nogil:
@@ -12,24 +16,85 @@ cdef inline int capacity_step(int n) noexcept nogil:
     cdef int step = 16
     while step < n >> 3:
         step <<= 1
-    return (n + step - 1) & ~(step - 1)
+    return (n + step - 1) & ~(step - 1) if n else step
+
+
+cdef inline int whole(int n, int unit) noexcept nogil:
+    """``n`` rounded up to whole units, of which there is one at least."""
+    return ((n + unit - 1) & -unit) if n else unit
+
+
+cdef inline uint64_t column_size(int capacity) noexcept nogil:
+    """Bytes of a column of words, and three cache lines more.
+
+    A search reads one place of several columns: were they some power of two apart, these would share a set of the
+    first-level cache.
+    """
+    return <uint64_t>capacity * 8 + 3 * CACHE_LINE
+
+
+cdef inline uint64_t memmap_lay_out(MemMap *m, int capacity, uint64_t at) noexcept nogil:
+    """Place the columns one after the other from ``at`` on, a multiple of CACHE_LINE; returns where they end.
+
+    ``capacity`` is one that ``capacity_step`` gives.  From 0 on it is their size that is returned.
+    """
+    cdef uint64_t column = column_size(capacity)
+    cdef int n = capacity // MEMMAP_LINE
+    cdef int level
+    m.first = <uint64_t *>at
+    m.npages = <uint64_t *>(at + column)
+    m.host = <uint8_t **>(at + 2 * column)
+    at += 3 * column
+    for level in range(MEMMAP_LEVELS):
+        m.level[level] = <uint64_t *>at
+        at += <uint64_t>whole(n, MEMMAP_NODE) * 8
+        if n <= MEMMAP_NODE:
+            break
+        n = whole(n, MEMMAP_NODE) // MEMMAP_NODE
+    m.writable = <uint8_t *>at
+    return at + <uint64_t>capacity
+
+
+cdef inline uint64_t columns_after(const void *header) noexcept nogil:
+    """Where columns may begin that stand in one block with their header, given its end."""
+    return (<uint64_t>header + CACHE_LINE - 1) & ~<uint64_t>(CACHE_LINE - 1)
 
 
 cdef inline MemMap *memmap_new(int capacity) noexcept nogil:
-    """One block: the header and its columns."""
+    """One block: the header and its columns.  ``memmap_index`` it when its areas are in."""
+    cdef MemMap sizes
+    cdef MemMap *m
     capacity = capacity_step(capacity)
-    cdef size_t n = <size_t>capacity
-    cdef MemMap *m = <MemMap *>malloc(sizeof(MemMap) + n * (8 + 8 + sizeof(void *) + 1))
+    m = <MemMap *>malloc(sizeof(MemMap) + CACHE_LINE + memmap_lay_out(&sizes, capacity, 0))
     if m == NULL:
         return NULL
     m.n = 0
-    m.capacity = capacity
     m.serial = 0
-    m.first = <uint64_t *>(m + 1)
-    m.npages = m.first + n
-    m.host = <uint8_t **>(m.npages + n)
-    m.writable = <uint8_t *>(m.host + n)
+    memmap_lay_out(m, capacity, columns_after(m + 1))
     return m
+
+
+cdef inline void memmap_index(MemMap *m) noexcept nogil:
+    """What ``memmap_find`` comes down; to be called once the areas stand, before anybody searches."""
+    cdef uint64_t *column = m.first
+    cdef uint64_t *up
+    cdef int unit = MEMMAP_LINE
+    cdef int n = m.n
+    cdef int i
+    memset(m.npages + n, 0, <size_t>(whole(n, unit) - n) * 8)
+    m.levels = 0
+    while True:
+        for i in range(n, whole(n, unit)):
+            column[i] = ALL_ONES
+        if n <= unit:
+            return
+        up = m.level[m.levels]
+        n = whole(n, unit) // unit
+        for i in range(n):
+            up[i] = column[unit * i]
+        m.levels += 1
+        column = up
+        unit = MEMMAP_NODE
 
 
 cdef inline MemMap *memmap_clone(const MemMap *old, int spare) noexcept nogil:

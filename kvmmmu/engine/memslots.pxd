@@ -24,7 +24,7 @@ cdef inline uint64_t slots_generation(const SlotSet *slots) noexcept nogil:
 
 cdef inline Slot *slot_find(const SlotSet *slots, uint64_t gfn, int *hint) noexcept nogil:
     """The slot of a gfn or NULL.  INVALID slots are found: the caller asks ``slot_visible``."""
-    cdef int i = memmap_find(&slots.map, gfn, hint)
+    cdef int i = memmap_find(&slots.map, gfn, hint, slots.slot)
     return slots.slot[i] if i >= 0 else NULL
 
 

@@ -11,11 +11,12 @@ from kvmmmu.bits.guest_walk cimport walk_rights
 from kvmmmu.bits.paging cimport FAULT_EPT_VIOLATION, FAULT_NONE, FMT_32, FMT_64, FMT_PAE, Paging
 from kvmmmu.engine.accept cimport accepted
 from kvmmmu.engine.nestedcache cimport Nested, nested_fill, nested_forget, second_find
+from kvmmmu.engine.memory cimport prefetch
 from kvmmmu.engine.pdecache cimport (
     FOUND_LARGE, KVMMMU_PDE_LARGE, PDE_SLOTS, TABLE_RIGHTS, LargePage, leaf_load, leaf_place, pde_large_page,
     pde_shift,
 )
-from kvmmmu.engine.ring cimport RING_ROWS, Flight, Ring, flight_end, prefetch, ring_init, ring_turn
+from kvmmmu.engine.ring cimport RING_ROWS, Flight, Ring, flight_end, ring_init, ring_turn
 from kvmmmu.engine.rows cimport Batch, other_page, rows_refused, rows_repeat
 from kvmmmu.engine.translate cimport row_end, row_write, translate_one
 

@@ -41,7 +41,7 @@ cdef inline const uint8_t *window_host(const MemMap *m, int *hint, Window *windo
     cdef uint64_t frame = address >> 12
     cdef int i
     if frame - window.first >= window.npages:
-        i = memmap_find(m, frame, hint)
+        i = memmap_find(m, frame, hint, m.host)
         if i < 0 or m.host[i] == NULL:
             return NULL
         window.first = m.first[i]

@@ -16,7 +16,7 @@ from kvmmmu.engine.hostmem cimport (HostPlan, hostmem_commit_bind, hostmem_commi
 from kvmmmu.engine.hooks cimport POINT_SLOT_INVALID, POINT_SLOT_ZAPPED, hook
 from kvmmmu.engine.memslots cimport dirty_new, slot_copy, slot_free, slot_is_mapped, slot_make_arrays
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.slotsets cimport slots_publish, slots_settle, slotset_new, slotset_overlap, slotset_replace
+from kvmmmu.engine.slotsets cimport slots_publish, slots_settle, slotset_empty, slotset_overlap, slotset_replace
 from kvmmmu.engine.tdp cimport tdp_invalidate_roots, tdp_zap_invalid_roots
 from kvmmmu.engine.zap cimport set_max_pages, zap_all_fast
 
@@ -460,12 +460,11 @@ cdef inline int vm_finish_delete(Vm *vm, Region *r) noexcept nogil:
 cdef inline bint vm_slots_init(Vm *vm) noexcept nogil:
     cdef int as_id
     for as_id in range(ADDRESS_SPACES):
-        vm.slots[as_id] = slotset_new(0)
+        vm.slots[as_id] = slotset_empty(<uint64_t>as_id)
         vm.slot_by_id[as_id] = <Slot **>calloc(MAX_SLOT_ID, sizeof(Slot *))
         vm.last_base[as_id] = <uint64_t *>calloc(MAX_SLOT_ID, 8)
         if vm.slots[as_id] == NULL or vm.slot_by_id[as_id] == NULL or vm.last_base[as_id] == NULL:
             return False
-        vm.slots[as_id].generation = as_id
     vm.max_pages = MIN_MMU_PAGES
     return True
 

@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free
 from kvmmmu.engine.state cimport (
     ARENA_DESCS, ARENA_PAGES, Arena, HASH_BITS, HOST_STATES, MemMap, PteDesc, ShadowPage, Vm,
 )
-from kvmmmu.engine.memmap cimport memmap_insert, memmap_new
+from kvmmmu.engine.memmap cimport memmap_index, memmap_insert, memmap_new
 
 cdef extern from "sys/mman.h" nogil:
     int PROT_READ
@@ -76,6 +76,7 @@ cdef inline bint vm_memory_init(Vm *vm) noexcept nogil:
     if vm.hash == NULL or m == NULL or vm.host_states == NULL:
         return False
     memmap_insert(m, 0, ARENA_PAGES, <unsigned char *>vm.arena.sptes, True)
+    memmap_index(m)
     return True
 
 

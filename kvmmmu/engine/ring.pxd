@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.paging cimport FMT_32, FMT_64
 from kvmmmu.engine.accept cimport accepted
+from kvmmmu.engine.memory cimport prefetch
 from kvmmmu.engine.pdecache cimport (
     FOUND_LARGE, KVMMMU_PDE_LARGE, PDE_SLOTS, TABLE_RIGHTS, LargePage, leaf_load, leaf_place, pde_shift,
 )
@@ -15,7 +16,6 @@ from kvmmmu.engine.state cimport Translation
 from kvmmmu.engine.translate cimport row_write
 
 cdef extern from "kvmmmu/batch.h" nogil:
-    void prefetch "kvmmmu_prefetch"(uint64_t address)
     bint likely "kvmmmu_likely"(bint condition)
 
 cdef enum:

@@ -1,12 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The published tables of slots: building the next one, swapping it in, and the generation that counts swaps."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
-from kvmmmu.engine.state cimport ADDRESS_SPACES, Slot, SlotSet, Vm
-from kvmmmu.engine.memmap cimport capacity_step, memmap_upper
+from kvmmmu.engine.state cimport ADDRESS_SPACES, MemMap, Slot, SlotSet, Vm
+from kvmmmu.engine.memmap cimport (
+    CACHE_LINE, capacity_step, column_size, columns_after, memmap_index, memmap_lay_out, memmap_upper,
+)
 from kvmmmu.engine.atomics cimport st_release_ptr, st_release_u64
 from kvmmmu.engine.drain cimport vm_drain
 from kvmmmu.engine.hooks cimport (
@@ -16,19 +18,25 @@ from kvmmmu.engine.hooks cimport (
 
 
 cdef inline SlotSet *slotset_new(int n) noexcept nogil:
-    """One block: the header and its columns."""
-    cdef size_t count = <size_t>capacity_step(n)
-    cdef SlotSet *s = <SlotSet *>malloc(sizeof(SlotSet) + count * (8 + 8 + sizeof(void *) + sizeof(Slot *) + 1))
+    """One block: the header and its columns.  ``memmap_index`` its map when the slots are in."""
+    cdef int capacity = capacity_step(n)
+    cdef uint64_t column = column_size(capacity)
+    cdef MemMap sizes
+    cdef SlotSet *s = <SlotSet *>malloc(sizeof(SlotSet) + CACHE_LINE + column + memmap_lay_out(&sizes, capacity, 0))
     if s == NULL:
         return NULL
     s.map.n = n
-    s.map.capacity = <int>count
-    s.map.first = <uint64_t *>(s + 1)
-    s.map.npages = s.map.first + count
-    s.map.host = <uint8_t **>(s.map.npages + count)
-    s.slot = <Slot **>(s.map.host + count)
-    s.map.writable = <uint8_t *>(s.slot + count)
+    s.slot = <Slot **>columns_after(s + 1)
+    memmap_lay_out(&s.map, capacity, <uint64_t>s.slot + column)
     s.generation = 0
+    return s
+
+
+cdef inline SlotSet *slotset_empty(uint64_t generation) noexcept nogil:
+    cdef SlotSet *s = slotset_new(0)
+    if s != NULL:
+        memmap_index(&s.map)
+        s.generation = generation
     return s
 
 
@@ -74,6 +82,7 @@ cdef inline SlotSet *slotset_replace(const SlotSet *old, const Slot *gone, Slot 
         slotset_copy_areas(s, in_ + (come != NULL), old, in_, out - in_)
         if gone != NULL:
             slotset_copy_areas(s, out + (come != NULL), old, out + 1, old.map.n - out - 1)
+    memmap_index(&s.map)
     return s
 
 

@@ -59,15 +59,21 @@ cdef enum:
 
 # ---- guest memory -----------------------------------------------------------
 
+cdef enum:
+    MEMMAP_LINE = 8       # words of a cache line: what a search of ``first`` ends in
+    MEMMAP_NODE = 16      # keys of a node of the index, two lines
+    MEMMAP_LEVELS = 7     # 8 * 16^7 areas
+
 cdef struct MemMap:
     # Areas of frames in ascending order, as columns: what every walk reads memory through.
     int n
-    int capacity
+    int levels            # of the index; 0: ``first`` is one line
     uint64_t serial       # of the maps a VM has published: an address it gave holds as long
-    uint64_t *first       # first frame of each area
+    uint64_t *first       # first frame of each area; ALL_ONES behind the last one of a line that is not full
     uint64_t *npages
     uint8_t **host        # host address of its first byte; NULL: no memory there
     uint8_t *writable
+    uint64_t *level[7]    # level[0]: the first frame of each line; above it the first key of each node, up to one node
 
 cdef struct HostRange:
     # A run of host pages that the same number of slots bind; disjoint from every other run.

@@ -54,7 +54,7 @@ cdef inline int walk_loop(int fmt, const Paging *p, const MemMap *m, int *hint, 
     while r == WALK_NEXT:
         entry = 0
         if (w.entry_gpa >> 12) - first >= npages:
-            i = memmap_find(m, w.entry_gpa >> 12, hint)
+            i = memmap_find(m, w.entry_gpa >> 12, hint, m.host)
             npages = 0
             if i >= 0 and m.host[i] != NULL:
                 first = m.first[i]
