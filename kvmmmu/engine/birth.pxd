@@ -101,14 +101,13 @@ cdef inline int vcpu_birth(Vm *vm, Vcpu *vcpu) noexcept nogil:
     if vcpu.line == NULL:
         return BIRTH_NO_MEMORY
     line_begin(vm, vcpu.line)
-    if vm.mmu != MMU_SHADOW:
-        vcpu.paths = <NestedPaths *>lines_new(sizeof(NestedPaths))
-        if vcpu.paths == NULL:
-            free(vcpu.line)
-            return BIRTH_NO_MEMORY
-        # Nothing was met yet: paths of formats 0 are of none.
-        memset(vcpu.paths.guest_met, 0xff, sizeof(vcpu.paths.guest_met))
-        memset(vcpu.paths.final_met, 0xff, sizeof(vcpu.paths.final_met))
+    vcpu.paths = <NestedPaths *>lines_new(sizeof(NestedPaths))
+    if vcpu.paths == NULL:
+        free(vcpu.line)
+        return BIRTH_NO_MEMORY
+    # Nothing was met yet: paths of formats 0 are of none.
+    memset(vcpu.paths.guest_met, 0xff, sizeof(vcpu.paths.guest_met))
+    memset(vcpu.paths.final_met, 0xff, sizeof(vcpu.paths.final_met))
     slots_lock(vm)
     if vm.n_vcpus < MAX_VCPUS:
         born = BIRTH_OK

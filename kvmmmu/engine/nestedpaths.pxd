@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
-"""Paths through two dimensions that accesses of a vCPU took before: as ``paths.pxd``, of up to 24 entries above a leaf.
+"""Paths that accesses of a vCPU took before, mostly in two dimensions: as ``paths.pxd``, of up to 24 entries.
 
 The path of a guest's 2 MiB is every entry that leads to its lowest table, of the guest's tables and of those that
 translate their addresses; the path of 2 MiB of guest-physical memory is every entry above its leaves.  All are read
@@ -15,6 +15,7 @@ from kvmmmu.engine.quick cimport (
     QUICK_FINAL, QUICK_NO, QUICK_YES, Quick, Window, quick_begin, quick_entry, quick_final, quick_finish, quick_last,
     quick_nested, quick_walk, window_host,
 )
+from kvmmmu.engine.single cimport single_walk
 from kvmmmu.engine.state cimport MemMap, NestedPath, NestedPaths
 from kvmmmu.engine.walk cimport kvmmmu_ld_u64, walk_second_access
 
@@ -119,9 +120,11 @@ cdef inline bint nested_path_climb(int fmt, int host_fmt, const Paging *p, const
                 or not climb_entry(fmt, p, c, place, level, &entry)):
             return False
         if quick_last(fmt, p, level, entry):
+            table |= walk_entry_offset(fmt, va, level)
             break
         table = entry & p.addr_mask
         level -= 1
+    c.path.place = table
     if level == LEVEL_4K and not climb_place(host_fmt, host, c, table, &c.path.table):
         return False
     c.path.entry = entry
@@ -146,14 +149,17 @@ cdef inline bint nested_path_holds(const NestedPaths *paths, const NestedPath *p
 cdef inline bint nested_path_leaf(int fmt, const Paging *p, const NestedPath *path, uint64_t va, uint64_t access,
                                   bint ac, Quick *q) noexcept nogil:
     """The walk's last step."""
-    cdef uint64_t accessed = path.accessed
+    cdef uint64_t accessed = path.accessed, offset
     va &= p.va_mask
     q.acc = path.acc
     q.level = path.level
     q.entry = path.entry
-    if path.level == LEVEL_4K and not quick_entry(fmt, p, path.table + walk_entry_offset(fmt, va, LEVEL_4K), LEVEL_4K,
-                                                  &q.entry, &q.acc, &accessed):
-        return False
+    q.entry_gpa = path.place
+    if path.level == LEVEL_4K:
+        offset = walk_entry_offset(fmt, va, LEVEL_4K)
+        q.entry_gpa += offset
+        if not quick_entry(fmt, p, path.table + offset, LEVEL_4K, &q.entry, &q.acc, &accessed):
+            return False
     return quick_finish(fmt, p, va, access, ac, True, accessed, q)
 
 
@@ -246,3 +252,18 @@ cdef inline int nested_quick(NestedPaths *paths, const Paging *guest, const Pagi
             nested_path_keep(nested_path_met(paths, paths.guest, paths.guest_met, m, host.root, key), host.format,
                              guest, host, m, hint, gva)
     return r
+
+
+# ---- shadow tables ----------------------------------------------------------------------
+
+cdef inline bint flat_quick(NestedPaths *paths, const Paging *p, const MemMap *m, int *hint, uint64_t va,
+                            uint64_t access, bint ac, Quick *q) noexcept nogil:
+    """``single_walk`` for accesses that set A and D bits, and are likely to come again."""
+    cdef uint64_t key = va >> NESTED_SHIFT
+    cdef const NestedPath *path = &paths.guest[key & (NESTED_PATHS - 1)]
+    if nested_path_holds(paths, path, m, p.root, key):
+        return nested_path_leaf(FMT_64, p, path, va, access, ac, q)
+    if hint[0] >= m.n or not single_walk(p, m, hint[0], va, access, ac, True, q):
+        return False
+    nested_path_keep(nested_path_met(paths, paths.guest, paths.guest_met, m, p.root, key), FMT_NONE, p, p, m, hint, va)
+    return True

@@ -113,6 +113,7 @@ cdef inline void hw_format(Vcpu *vcpu) noexcept nogil:
     cdef CpuRegs regs
     cdef CpuModel model
     cdef int level = role_level(vcpu.root_role)
+    vcpu.paths.formats += 1
     memset(&regs, 0, sizeof(regs))
     memset(&model, 0, sizeof(model))
     # Where memory can be encrypted the bits above the reduced width are reserved, but for the C-bit.

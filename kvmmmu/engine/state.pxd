@@ -444,6 +444,7 @@ cdef struct NestedPath:
     uint64_t serial
     uint64_t root
     const uint8_t *table  # the lowest table in host memory
+    uint64_t place        # its address, or where the large page's entry stands
     uint64_t entry        # or the large page's entry
     uint64_t accessed     # A, if every entry of the tables has it
     uint32_t acc          # ACC rights of all
@@ -500,7 +501,7 @@ cdef struct Vcpu:
     uint64_t stats[64]    # written by the owner of the vCPU alone
     uint64_t leaves[3]    # by level: what its faults under mmu_lock for read added to the VM's STAT_PAGES_*
     Tlb *tlb              # NULL: the processor caches nothing
-    NestedPaths *paths    # under EPT and NPT
+    NestedPaths *paths
     int32_t free_pages[8]  # taken from the arena before mmu_lock
     int n_free_pages
     uint32_t lonely_exits  # of the present access, in a row, with nobody else at work in the VM

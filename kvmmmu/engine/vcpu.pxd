@@ -18,11 +18,10 @@ from kvmmmu.engine.hooks cimport POINT_EMULATE, POINT_EXIT, POINT_HARDWARE, hook
 from kvmmmu.engine.hostmem cimport pfn_to_host, vm_hostmem
 from kvmmmu.engine.leaf cimport RET_PF_EMULATE
 from kvmmmu.engine.locks cimport guest_leave, mmu_write_lock, mmu_write_unlock
-from kvmmmu.engine.nestedpaths cimport nested_quick
+from kvmmmu.engine.nestedpaths cimport flat_quick, nested_quick
 from kvmmmu.engine.quick cimport QUICK_FINAL, QUICK_YES, Quick
 from kvmmmu.engine.pages cimport spte_gfn
 from kvmmmu.engine.roots cimport ENTER_OK, ENTER_SHUTDOWN, vcpu_enter
-from kvmmmu.engine.single cimport single_walk
 from kvmmmu.engine.state cimport (
     Access, MMU_SHADOW, MemMap, OUTCOME_ERROR, OUTCOME_GP, OUTCOME_HANG, OUTCOME_INTERNAL_ERROR, OUTCOME_PF,
     OUTCOME_SHUTDOWN, OUTCOME_VE, SUBERROR_DELIVERY_EV, PATH_EMULATED, PATH_FAULT, TlbEntry, Vcpu, Vm,
@@ -72,8 +71,8 @@ cdef inline int hardware_access(Vcpu *vcpu, uint64_t gva, uint64_t access, uint6
     mem = vm_hostmem(vcpu.vm)
     access |= vcpu.hw.final_access
     # The page that was MMIO last very likely still is: that walk needs its record.
-    if (vcpu.hw.format == FMT_64 and vcpu.table_hint < mem.n and gva & ~<uint64_t>4095 != vcpu.mmio.gva
-            and single_walk(&vcpu.hw, mem, vcpu.table_hint, gva, access, vcpu.ac, True, &q)):
+    if (vcpu.hw.format == FMT_64 and gva & ~<uint64_t>4095 != vcpu.mmio.gva
+            and flat_quick(vcpu.paths, &vcpu.hw, mem, &vcpu.table_hint, gva, access, vcpu.ac, &q)):
         hpa[0] = q.gpa
         gpa[0] = leaf_gpa(vcpu, &q)
         return FAULT_NONE
