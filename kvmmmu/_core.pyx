@@ -485,6 +485,9 @@ cdef class PagingCore(TablesHandle):
     cdef Paths paths
     cdef list columns
 
+    def __cinit__(self, *args, **names):
+        paths_init(&self.paths, &self.paging, &self.host, &self.map, False)
+
     def __dealloc__(self):
         free(self.areas)
 
@@ -496,7 +499,7 @@ cdef class PagingCore(TablesHandle):
         cdef CpuModel cpu, host_cpu
         cdef int bad
         cdef Walk hw
-        if self.ready:
+        if self.areas != NULL:
             raise ArgumentError("this object is in use already; make a new one")
         memset(&regs, 0, sizeof(regs))
         regs.cr0 = word_arg(registers[0], "cr0")
@@ -569,7 +572,6 @@ cdef class PagingCore(TablesHandle):
             found.append((gpa, column, writable))
         found.sort(key=area_start)
         n = len(found)
-        free(self.areas)
         self.areas = memmap_new(<int>n)
         if self.areas == NULL:
             raise MemoryError()
@@ -1181,7 +1183,7 @@ cdef class VmCore(VmHandle):
             err = vm_finish_delete(self.vm, &r)
         if err != ERR_NONE:
             return False
-        del self.exports[r.released]
+        self.exports.pop(r.released, None)
         return True
 
     cdef object describe(self, const Slot *s):
@@ -1397,20 +1399,20 @@ cdef class VmCore(VmHandle):
 
     def snapshot(self):
         """The whole state as a stream of words, a copy; ``kvmmmu.check.Snapshot`` reads it."""
-        cdef uint64_t room = 0
-        cdef uint64_t n
-        cdef uint64_t address
+        cdef uint64_t n, room = 0, address = 0
         self.check_open()
         self.check_idle("a snapshot")
         while True:
             # Twice: nothing may be allocated while the locks are held.
-            n = vm_snapshot(self.vm, NULL, 0)
+            self.lock_slots()
+            with nogil:
+                n = vm_snapshot(self.vm, <uint64_t *>address, room)
+                slots_unlock(self.vm)
+            if n == room and room:
+                return out
             out = np.empty(n, np.uint64)
             address = out.ctypes.data
             room = n
-            n = vm_snapshot(self.vm, <uint64_t *>address, room)
-            if n == room:
-                return out
 
     def tlb_list(self, int vcpu_id):
         """What a vCPU's TLB holds now: rows of words as ``tlblist.pxd`` has them."""
@@ -1422,9 +1424,10 @@ cdef class VmCore(VmHandle):
         n = tlb_records(self.vm.vcpus[vcpu_id], NULL, 0)
         out = np.empty((n, TLB_RECORD_WORDS), np.uint64)
         address = out.ctypes.data
-        mmu_write_lock(self.vm)
-        tlb_records(self.vm.vcpus[vcpu_id], <uint64_t *>address, n)
-        mmu_write_unlock(self.vm)
+        with nogil:
+            mmu_write_lock(self.vm)
+            tlb_records(self.vm.vcpus[vcpu_id], <uint64_t *>address, n)
+            mmu_write_unlock(self.vm)
         return out
 
     # -- counters
@@ -2003,10 +2006,11 @@ cdef class VcpuCore(VcpuHandle):
         cdef int level, top = 0, leaf
         self.claim()
         leaf = walk_sptes(self.vcpu, address, sptes, &top) if self.vcpu.root.page else 0
+        found = [(level, sptes[level],
+                  rsvd_bits(&self.vcpu.hw, level, sptes[level]) if spte_present(sptes[level]) else 0)
+                 for level in range(top, leaf - 1, -1)] if leaf else []
         self.release()
-        return [(level, sptes[level],
-                 rsvd_bits(&self.vcpu.hw, level, sptes[level]) if spte_present(sptes[level]) else 0)
-                for level in range(top, leaf - 1, -1)] if leaf else []
+        return found
 
     # -- recorded runs
 

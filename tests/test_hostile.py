@@ -191,3 +191,14 @@ def test_an_instruction_at_the_end_of_memory_is_traced_to_the_end_of_memory_only
     vcpu.execute("load", 0x10000000, size=4, code_gva=0xFF8, code_size=15, mmio_read=lambda _, n: bytes(n))
     (line,) = [line for line in vm.events.text().splitlines() if line.startswith("kvm_emulate_insn")]
     assert "00 00 00 00 00 00 00 00" in line
+
+
+def test_an_object_that_was_never_given_tables_reads_none() -> None:
+    """``__init__`` did not run, or failed after it had looked at the memory."""
+    page = np.zeros(4096, np.uint8)
+    paging = km.Paging.__new__(km.Paging)
+    for _ in range(2):
+        for gva in (0, 0x123, 1 << 40):
+            assert paging.walk(gva) == paging.translate_one(gva).gpa == paging.walk_result(gva).gpa
+        with pytest.raises(ArgumentError, match="overlap"):
+            paging.__init__(0, 0, 0, 0, memory=[(0, page), (0, page)])  # type: ignore[misc]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kvmmmu"
 #: What is waited for; every engine function from which one of these is called may wait.
 WAITS = {"slots_lock", "vm_drain", "readers_drain", "mmu_write_lock", "mmu_read_lock", "vm_read_lock"}
 #: (function of the door, what it calls): nobody else is in the engine, by a check or because nobody holds the VM.
-ALONE = {("__dealloc__", "vm_bury"), ("snapshot", "vm_snapshot"), ("tlb_list", "mmu_write_lock")}
+ALONE = {("__dealloc__", "vm_bury")}
 
 CALL = re.compile(r"(?<![\w.])(\w+)\(")
 FUNCTION = re.compile(r"\s*(?:def|cdef|cpdef)\s[^=]*?(\w+)\(")

@@ -33,6 +33,7 @@ cdef inline int pdptrs_by_processor(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
         guest_leave(vcpu)
         if fault == FAULT_NONE:
             memcpy(vcpu.regs.pdptr, loaded, sizeof(loaded))
+            guest_formats(vcpu)
             return REG_OK
         if fault == FAULT_PDPTE:
             return REG_GP

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
-"""Paths that accesses of a vCPU took before, mostly in two dimensions: as ``paths.pxd``, of up to 24 entries.
+"""Paths that accesses of a vCPU took before, mostly in two dimensions: as ``paths.pxd``, of up to 29 entries.
 
 The path of a guest's 2 MiB is every entry that leads to its lowest table, of the guest's tables and of those that
 translate their addresses; the path of 2 MiB of guest-physical memory is every entry above its leaves.  All are read
@@ -21,7 +21,7 @@ from kvmmmu.engine.walk cimport kvmmmu_ld_u64, walk_second_access
 
 cdef enum:
     NESTED_PATHS = 64    # of each kind; as in state.pxd
-    NESTED_ENTRIES = 24  # two dimensions of four levels need 19 at most
+    NESTED_ENTRIES = 30  # two dimensions of five levels need 29 at most
     NESTED_SHIFT = 21
 
 

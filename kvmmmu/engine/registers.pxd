@@ -46,6 +46,7 @@ cdef inline int pdptrs_load(Vcpu *vcpu, uint64_t cr3) noexcept nogil:
         if not tdp_enabled(vcpu.vm):
             roots_free(vcpu, ROOT_CURRENT)
         memcpy(vcpu.regs.pdptr, loaded, sizeof(loaded))
+        guest_formats(vcpu)
     return REG_OK
 
 

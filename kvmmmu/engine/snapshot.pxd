@@ -9,7 +9,6 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.counters cimport vm_stat
-from kvmmmu.engine.drain cimport slots_lock, slots_unlock
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, slot_entries
 from kvmmmu.engine.state cimport (
@@ -128,14 +127,13 @@ cdef inline void snap_vcpu(const Vcpu *v, Stream *s) noexcept nogil:
 cdef inline uint64_t vm_snapshot(Vm *vm, uint64_t *out, uint64_t room) noexcept nogil:
     """Write the whole state if ``room`` words hold it; returns the words it takes.
 
-    The locks are held for the copy alone.  It is consistent when no vCPU runs.
+    The caller holds slots_lock.  It is consistent when no vCPU runs.
     """
     cdef Stream s
     cdef int i
     s.out = out
     s.room = room
     s.n = 0
-    slots_lock(vm)
     mmu_write_lock(vm)
     snap_vm(vm, &s)
     snap_arena(vm, &s)
@@ -143,5 +141,4 @@ cdef inline uint64_t vm_snapshot(Vm *vm, uint64_t *out, uint64_t room) noexcept 
     for i in range(vm.n_vcpus):
         snap_vcpu(vm.vcpus[i], &s)
     mmu_write_unlock(vm)
-    slots_unlock(vm)
     return s.n

@@ -450,8 +450,8 @@ cdef struct NestedPath:
     uint32_t acc          # ACC rights of all
     int level             # of the leaf
     int n
-    const uint64_t *at[24]
-    uint64_t word[24]
+    const uint64_t *at[30]
+    uint64_t word[30]
 
 cdef struct NestedPaths:
     uint64_t formats      # moves when the formats of the tables do, or where the guest's begin

@@ -29,6 +29,7 @@ from machine import (
     PSE,
     SMAP,
     SMEP,
+    USER,
     WP,
     Machine,
     Mode,
@@ -358,3 +359,28 @@ def test_invlpg_without_paging_leaves_the_record_of_the_last_mmio_page() -> None
     before = Snapshot(m.vm._core.snapshot()).vcpus[0].mmio_gva
     m.invlpg(0x1000_0000)
     assert Snapshot(m.vm._core.snapshot()).vcpus[0].mmio_gva == before == 0x1000_0000
+
+
+LOADS = {
+    "CR0.CD": (0, PAE3.cr0 | 1 << 30),
+    "CR4.PGE": (4, PAE3.cr4 | PGE),
+    "CR3": (3, None),
+}
+
+
+@pytest.mark.parametrize("mmu", ["shadow", "ept"])
+@pytest.mark.parametrize("load", sorted(LOADS))
+def test_pdptes_that_a_register_loads_are_those_the_next_walk_uses(mmu: str, load: str) -> None:
+    """SDM vol. 3A section 4.4.1: MOV to CR3, to CR0 changing CD, NW or PG, to CR4 changing PAE, PGE, PSE or SMEP."""
+    machine = Machine(mmu, PAE3)
+    machine.map(PAE3.user, DATA)
+    directory, table = machine.new_table(), machine.new_table()
+    machine.poke(directory + 8 * (PAE3.user >> 21 & 511), table | USER)
+    machine.poke(table + 8 * (PAE3.user >> 12 & 511), (DATA + 4096) | USER)
+    assert [machine.vcpu.access(PAE3.user).gpa for _ in range(4)] == [DATA] * 4
+    machine.poke(machine.cr3, directory | P)
+    assert machine.vcpu.access(PAE3.user).gpa == DATA
+    register, value = LOADS[load]
+    assert machine.vcpu.load_register(register, machine.cr3 if value is None else value)
+    assert machine.vcpu.regs.pdptes[0] == directory | P
+    assert [machine.vcpu.access(PAE3.user).gpa for _ in range(4)] == [DATA + 4096] * 4

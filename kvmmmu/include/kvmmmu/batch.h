@@ -24,10 +24,15 @@ struct kvmmmu_accept {
     uint64_t want[8];
 };
 
-/* For the compiler: which way a loop's hot path goes. */
+/* For the compiler: which way a loop's hot path goes; older ones are told so less firmly. */
 static inline int kvmmmu_likely(int condition)
 {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_expect_with_probability)
     return (int)__builtin_expect_with_probability(condition, 1, 0.9999);
+#endif
+#endif
+    return (int)__builtin_expect(condition, 1);
 }
 
 static inline void kvmmmu_prefetch(uint64_t address)

@@ -16,6 +16,7 @@
 /* By the interpreter, whose size_t takes the digits at once; its unsigned long long goes byte by byte. */
 static inline int kvmmmu_pyword_large(PyObject *value, uint64_t *word)
 {
+    _Static_assert(sizeof(size_t) == sizeof(uint64_t), "a word is a size_t");
     *word = PyLong_AsSize_t(value);
     if (*word != UINT64_MAX)
         return 1;
