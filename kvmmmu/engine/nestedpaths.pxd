@@ -25,6 +25,11 @@ cdef enum:
     NESTED_SHIFT = 21
 
 
+cdef inline uint64_t nested_path_slot(uint64_t root, uint64_t key) noexcept nogil:
+    """Roots take turns under shadow paging: paths of one should be there when it comes back."""
+    return (key ^ (root >> 12)) & (NESTED_PATHS - 1)
+
+
 cdef struct Climb:
     # Where a path is being taken down.
     NestedPath *path
@@ -166,7 +171,7 @@ cdef inline bint nested_path_leaf(int fmt, const Paging *p, const NestedPath *pa
 cdef inline NestedPath *nested_path_met(NestedPaths *paths, NestedPath *of, uint64_t *met, const MemMap *m,
                                         uint64_t root, uint64_t key) noexcept nogil:
     """Where to keep the path of a walk that none answered, once it is met again; else NULL."""
-    cdef uint64_t slot = key & (NESTED_PATHS - 1)
+    cdef uint64_t slot = nested_path_slot(root, key)
     cdef bint again = met[slot] == key
     met[slot] = key
     if not again:
@@ -197,14 +202,14 @@ cdef inline int nested_known(int fmt, int host_fmt, NestedPaths *paths, const Pa
                              uint64_t *hpa) noexcept nogil:
     """As ``quick_nested_walk``, where the guest's tables are on a path."""
     cdef uint64_t key = gva >> NESTED_SHIFT, second = walk_second_access(host, access)
-    cdef const NestedPath *path = &paths.guest[key & (NESTED_PATHS - 1)]
+    cdef const NestedPath *path = &paths.guest[nested_path_slot(host.root, key)]
     cdef Window window
     cdef Quick last
     if (not nested_path_holds(paths, path, m, host.root, key)
             or not nested_path_leaf(fmt, guest, path, gva, access, ac, q)):
         return QUICK_NO
     key = q.gpa >> NESTED_SHIFT
-    path = &paths.final[key & (NESTED_PATHS - 1)]
+    path = &paths.final[nested_path_slot(host.root, key)]
     if nested_path_holds(paths, path, m, host.root, key):
         if not nested_path_leaf(host_fmt, host, path, q.gpa, second, False, &last):
             return QUICK_FINAL
@@ -260,7 +265,7 @@ cdef inline bint flat_quick(NestedPaths *paths, const Paging *p, const MemMap *m
                             uint64_t access, bint ac, Quick *q) noexcept nogil:
     """``single_walk`` for accesses that set A and D bits, and are likely to come again."""
     cdef uint64_t key = va >> NESTED_SHIFT
-    cdef const NestedPath *path = &paths.guest[key & (NESTED_PATHS - 1)]
+    cdef const NestedPath *path = &paths.guest[nested_path_slot(p.root, key)]
     if nested_path_holds(paths, path, m, p.root, key):
         return nested_path_leaf(FMT_64, p, path, va, access, ac, q)
     if hint[0] >= m.n or not single_walk(p, m, hint[0], va, access, ac, True, q):
