@@ -16,12 +16,10 @@ from kvmmmu.engine.quick cimport (
     quick_nested, quick_walk, window_host,
 )
 from kvmmmu.engine.single cimport single_walk
-from kvmmmu.engine.state cimport MemMap, NestedPath, NestedPaths
+from kvmmmu.engine.state cimport MemMap, NESTED_ENTRIES, NESTED_PATHS, NestedPath, NestedPaths
 from kvmmmu.engine.walk cimport kvmmmu_ld_u64, walk_second_access
 
 cdef enum:
-    NESTED_PATHS = 64    # of each kind; as in state.pxd
-    NESTED_ENTRIES = 30  # two dimensions of five levels need 29 at most
     NESTED_SHIFT = 21
 
 
@@ -184,6 +182,10 @@ cdef inline NestedPath *nested_path_met(NestedPaths *paths, NestedPath *of, uint
 
 
 # ---- both dimensions --------------------------------------------------------------------
+#
+# The loop of ``climb_second`` and the choice of formats in ``nested_known_any`` stand in quick.pxd too.  Made one with
+# those there (a walk that takes down its entries where there is a path, a path tried where the walk begins), replays
+# take 4 % more instructions in two dimensions and 0.7 % in one.
 
 cdef inline void nested_path_keep(NestedPath *path, int host_fmt, const Paging *p, const Paging *host, const MemMap *m,
                                   int *hint, uint64_t va) noexcept nogil:

@@ -6,17 +6,18 @@ comes out a processor guesses ahead, while a load whose address another load giv
 changed, or the leaf is not plainly granted, nothing is known: walk.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
-from kvmmmu.bits.guest_walk cimport Walk, walk_entry_offset, walk_level_shift
+from kvmmmu.bits.guest_walk cimport Walk, walk_level_shift
 from kvmmmu.bits.paging cimport FAULT_NONE, FMT_64, FMT_NONE, Paging
 from kvmmmu.engine.accept cimport Accept, accept_init, accepted
+from kvmmmu.engine.nestedpaths cimport Climb, nested_path_climb
 from kvmmmu.engine.pdecache cimport FOUND_NOTHING, TABLE_RIGHTS, leaf_load, leaf_place, pde_pack
-from kvmmmu.engine.quick cimport Quick, Window, quick_begin, quick_entry, quick_last, window_host
+from kvmmmu.engine.quick cimport Quick
 from kvmmmu.engine.rows cimport row_granted
 from kvmmmu.engine.single cimport single_flat, single_walk
-from kvmmmu.engine.state cimport MemMap, Translation
+from kvmmmu.engine.state cimport MemMap, NestedPath, Translation
 from kvmmmu.engine.translate cimport row_end, row_write, translate_done, translate_proper, walk_any
 from kvmmmu.engine.walk cimport kvmmmu_ld_u64
 
@@ -30,12 +31,12 @@ cdef struct Path:
     uint64_t key                # address >> PATH_SHIFT; what no address has: no path
     uint64_t table              # the lowest table with the rights above it (``pde_pack``), or a large page's part
     uint64_t end                # of a large page's row (``row_end``); 0: there is a lowest table
-    const uint64_t *at[4]       # where each entry above the leaf stands (a large leaf among them)
-    uint64_t entry[4]           # and what it was; where there are fewer than four, the last again
+    const uint64_t *at[PATH_ENTRIES]  # where each entry above the leaf stands (a large leaf among them)
+    uint64_t entry[PATH_ENTRIES]      # and what it was, from the lowest up; where there are fewer, the first again
 
 cdef struct Paths:
-    Path path[64]
-    uint64_t met[64]            # keys met once: a path is kept for who comes again
+    Path path[PATHS]
+    uint64_t met[PATHS]         # keys met once: a path is kept for who comes again
     Accept accept               # of supervisor reads
     bint flat                   # ``single_walk`` may be asked
     bint keep                   # paths are: nobody else is at work on this object
@@ -104,42 +105,29 @@ cdef inline bint path_row(const Paths *c, const Paging *p, Translation *t) noexc
 cdef inline void path_keep(Path *path, const Paging *p, const MemMap *m, int *hint, uint64_t gva,
                            const Quick *q) noexcept nogil:
     """Take down the path of a read that ``single_walk`` just answered, unless its entries change meanwhile."""
-    cdef uint64_t va = gva, table = 0, entry = 0, accessed = 0
-    cdef const uint8_t *host
-    cdef uint32_t acc = ACC_ALL
-    cdef int level = 0, last = 0, i
-    cdef Window window
-    window.first = 0
-    window.npages = 0
+    cdef NestedPath up
+    cdef Climb c
+    cdef int i, at
+    c.path = &up
+    c.map = m
+    c.hint = hint
     path.key = ALL_ONES
-    if not quick_begin(FMT_64, p, &va, &table, &level):
+    if not nested_path_climb(FMT_64, FMT_NONE, p, p, &c, gva):
         return
-    for i in range(PATH_ENTRIES):
-        path.at[i] = NULL
-    while level > LEVEL_4K and not last:
-        host = window_host(m, hint, &window, table | walk_entry_offset(FMT_64, va, level))
-        if not quick_entry(FMT_64, p, host, level, &entry, &acc, &accessed):
-            return
-        path.at[level - LEVEL_2M] = <const uint64_t *>host
-        path.entry[level - LEVEL_2M] = entry
-        if quick_last(FMT_64, p, level, entry):
-            last = level
-        table = entry & p.addr_mask
-        level -= 1
     path.end = 0
-    if last:
-        if q.level != last or q.entry != entry or q.acc != acc:
+    if up.level > LEVEL_4K:
+        if q.level != up.level or q.entry != up.entry or q.acc != up.acc:
             return
-        path.end = row_end(<uint32_t>walk_level_shift(FMT_64, last), acc, <uint32_t>last)
+        path.end = row_end(<uint32_t>walk_level_shift(FMT_64, up.level), up.acc, <uint32_t>up.level)
         path.table = q.gpa & ~<uint64_t>PATH_OFFSET
     else:
-        path.table = pde_pack(window_host(m, hint, &window, table), acc)
+        path.table = pde_pack(up.table, up.acc)
         if path.table == FOUND_NOTHING:
             return
     for i in range(PATH_ENTRIES):
-        if path.at[i] == NULL:
-            path.at[i] = <const uint64_t *>host
-            path.entry[i] = entry
+        at = up.n - 1 - i if i < up.n else 0
+        path.at[i] = up.at[at]
+        path.entry[i] = up.word[at]
     path.key = gva >> PATH_SHIFT
 
 

@@ -437,6 +437,10 @@ cdef struct Fault:
     uint64_t pfn
     uint32_t access       # ACC rights of the guest's translation
 
+cdef enum:
+    NESTED_PATHS = 64     # of each kind
+    NESTED_ENTRIES = 30   # two dimensions of five levels need 29 at most
+
 cdef struct NestedPath:
     # Entries above a leaf that led there once (nestedpaths.pxd).
     uint64_t key          # address >> 21; none has all ones
@@ -450,15 +454,15 @@ cdef struct NestedPath:
     uint32_t acc          # ACC rights of all
     int level             # of the leaf
     int n
-    const uint64_t *at[30]
-    uint64_t word[30]
+    const uint64_t *at[NESTED_ENTRIES]
+    uint64_t word[NESTED_ENTRIES]
 
 cdef struct NestedPaths:
     uint64_t formats      # moves when the formats of the tables do, or where the guest's begin
-    uint64_t guest_met[64]  # keys met once: a path is kept for who comes again
-    uint64_t final_met[64]
-    NestedPath guest[64]
-    NestedPath final[64]
+    uint64_t guest_met[NESTED_PATHS]  # keys met once: a path is kept for who comes again
+    uint64_t final_met[NESTED_PATHS]
+    NestedPath guest[NESTED_PATHS]
+    NestedPath final[NESTED_PATHS]
 
 cdef struct Vcpu:
     Vm *vm
