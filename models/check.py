@@ -117,6 +117,16 @@ RUNS = [
         "-DPASS_STORES",
         holds=False,
     ),
+    *runs("leave_guest", "", "-DFAULTS=3", "-DMEMBARRIER", holds=True),
+    *runs(
+        "leave_guest",
+        "-DNO_KICK",
+        "-DKICK_FIRST",
+        "-DSECOND_LOOK",
+        "-DTAKEN_BACK",
+        "-DMEMBARRIER -DNO_MEMBARRIER",
+        holds=False,
+    ),
 ]
 
 

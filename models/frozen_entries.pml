@@ -94,7 +94,7 @@ inline teardown(p) {
 active proctype Grace() {
 end:
     do
-    /* engine: tdp_reap, kvmmmu_drain_readers, page_free */
+    /* engine: tdp_reap, readers_drain, page_free */
     :: d_step {
         doomed[1] && waits[1] == 0 ->
         printf("table 1 is free (page_free)\n");

@@ -186,10 +186,10 @@ inline commit(p) {
     fi
 #elif FORM == 2
 #ifndef NO_HANDSHAKE
-    /* engine: kvmmmu_drain_readers */
+    /* engine: readers_drain */
     SEEN(WRITER, MODE(0)) != READING;
     SEEN(WRITER, MODE(1)) != READING;
-    printf("writer: no line is READING (kvmmmu_drain_readers)\n");
+    printf("writer: no line is READING (readers_drain)\n");
 #endif
     release(p)
 #else

@@ -229,7 +229,7 @@ inline swap(what) {
         current = next;
         printf("slots: table with %d is published (slots_publish)\n", what)
     };
-    /* engine: vm_drain, kvmmmu_wait_line */
+    /* engine: vm_drain, vcpus_wait */
     !marked[0];
     !marked[1];
     freed[1 - next] = true;

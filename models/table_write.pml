@@ -111,7 +111,7 @@ proctype Fault() {
         /* engine: write_protect_gfn */
         store(FAULT, WRITABLE, 0);
 #ifndef NO_FLUSH
-        /* engine: flush_remote_tlbs, kvmmmu_drain_readers */
+        /* engine: flush_remote_tlbs, readers_drain */
 #ifndef NO_COUNT_BARRIER
         barrier(FAULT);
 #endif

@@ -128,7 +128,7 @@ proctype Loader() {
             store(LOADER, WRITABLE, 0);
 #endif
 #ifndef NO_FLUSH
-            /* engine: flush_remote_tlbs, kvmmmu_drain_readers */
+            /* engine: flush_remote_tlbs, readers_drain */
             barrier(LOADER);
             mem[MODE] == 0;
 #endif

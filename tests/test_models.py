@@ -15,7 +15,7 @@ SOURCES = [
     *(ROOT / "kvmmmu" / "bits").glob("*.pxd"),
     *(ROOT / "kvmmmu" / "include").rglob("*.h"),
 ]
-PROTOCOLS = ("reader_handshake", "slot_generation", "unsync_writable", "table_write", "frozen_entries")
+PROTOCOLS = ("reader_handshake", "slot_generation", "unsync_writable", "table_write", "frozen_entries", "leave_guest")
 
 _FUNCTION = re.compile(r"^(?:cdef inline|static (?:inline )?(?:__attribute__\(\(.*?\)\) )?)[^(\n]*?(\w+)\s*\(", re.M)
 _STEP = re.compile(r"/\* engine: ([^*]+) \*/")
@@ -74,7 +74,10 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("model", ["unsync_writable -DDEPTH=1", "table_write -DDEPTH=1", "slot_generation -DONE_VCPU"])
+@pytest.mark.parametrize(
+    "model",
+    ["unsync_writable -DDEPTH=1", "table_write -DDEPTH=1", "slot_generation -DONE_VCPU", "leave_guest -DMEMBARRIER"],
+)
 def test_a_model_holds(spin: str, model: str) -> None:
     done = check("--quick", "--only", model)
     assert done.returncode == 0, done.stdout

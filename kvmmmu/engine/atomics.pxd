@@ -56,7 +56,7 @@ cdef extern from "kvmmmu/lock.h" nogil:
     bint in_guest "kvmmmu_in_guest"(const kvmmmu_line *line)
     int reader_protocol "kvmmmu_reader_protocol"(const kvmmmu_line *line)
     void readers_barrier "kvmmmu_readers_barrier"(const kvmmmu_line *line)
-    void wait_line "kvmmmu_wait_line"(const kvmmmu_line *line, uint64_t flags, int point)
+    void wait_line "kvmmmu_wait_line"(const kvmmmu_line *line, uint64_t seen, uint64_t flags, int point)
 
 
 cdef inline void spin_lock(uint32_t *word) noexcept nogil:

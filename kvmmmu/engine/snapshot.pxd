@@ -5,14 +5,14 @@ A stream is sections: a tag, a length in bytes, then the bytes padded to whole w
 ``kvmmmu/check/snapshot.py`` reads it and knows the same tags and field orders.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.locks cimport mmu_write_lock, mmu_write_unlock
 from kvmmmu.engine.memslots cimport dirty_words, slot_entries
 from kvmmmu.engine.state cimport (
-    ADDRESS_SPACES, Arena, HASH_BITS, PteDesc, Segment, ShadowPage, Slot, Vcpu, VM_STATS, Vm,
+    ADDRESS_SPACES, Arena, HASH_BITS, PteDesc, REQ_KICK, Segment, ShadowPage, Slot, Vcpu, VM_STATS, Vm,
 )
 
 cdef enum:
@@ -115,11 +115,12 @@ cdef inline void snap_slots(Vm *vm, Stream *s) noexcept nogil:
 
 
 cdef inline void snap_vcpu(const Vcpu *v, Stream *s) noexcept nogil:
+    # A kick that came too late for its batch says nothing of the vCPU.
     cdef uint64_t *w = [
-        <uint64_t>v.id, v.smm, v.requests, v.cpu_role, v.root_role, <uint64_t>v.pae_root, v.mmio.gva, v.mmio.gfn,
-        v.mmio.access, v.mmio.generation, <uint64_t>v.root.page, v.root.pgd, <uint64_t>v.prev_roots[0].page,
-        v.prev_roots[0].pgd, <uint64_t>v.prev_roots[1].page, v.prev_roots[1].pgd, <uint64_t>v.prev_roots[2].page,
-        v.prev_roots[2].pgd,
+        <uint64_t>v.id, v.smm, v.requests & ~<uint32_t>REQ_KICK, v.cpu_role, v.root_role, <uint64_t>v.pae_root,
+        v.mmio.gva, v.mmio.gfn, v.mmio.access, v.mmio.generation, <uint64_t>v.root.page, v.root.pgd,
+        <uint64_t>v.prev_roots[0].page, v.prev_roots[0].pgd, <uint64_t>v.prev_roots[1].page, v.prev_roots[1].pgd,
+        <uint64_t>v.prev_roots[2].page, v.prev_roots[2].pgd,
     ]
     snap_put(s, SNAP_VCPU, w, 18 * 8)
 

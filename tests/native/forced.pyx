@@ -114,6 +114,12 @@ cdef void cases_list(Cases *c) noexcept nogil:
     case_add(c, b"c42_batch_leaves_at_a_request", c42_batch_leaves_at_a_request,
              MMU_SHADOW, False, MUTANT_DEAF_BATCH, 0)
     case_add(c, b"c42_nested_batch_leaves", c42_batch_leaves_at_a_request, MMU_EPT, True, MUTANT_DEAF_BATCH, 0)
+    case_add(c, b"c44_update_asks_a_batch_to_leave", c44_update_asks_a_batch_to_leave,
+             MMU_SHADOW, False, MUTANT_NO_KICK, MUTANT_DEAF_BATCH)
+    case_add(c, b"c44_batch_enters_after_the_look", c44_batch_enters_after_the_look,
+             MMU_SHADOW, False, MUTANT_SECOND_LOOK, 0)
+    case_add(c, b"c44_batch_is_back_before_the_look", c44_batch_is_back_before_the_look,
+             MMU_EPT, True, MUTANT_NO_KICK, 0)
     case_add(c, b"l1_long_wait_goes_first", l1_long_wait_goes_first, MMU_SHADOW, False, 0, 0)
     case_add(c, b"l1_reader_goes_first", l1_reader_goes_first, MMU_EPT, True, 0, 0)
     case_add(c, b"l2_short_wait_does_not", l2_short_wait_does_not, MMU_SHADOW, False, 0, 0)

@@ -47,6 +47,7 @@ enum {
     KVMMMU_POINT_BITS_SET,       /* a walk is about to set A or D in an entry it read */
     KVMMMU_POINT_TDP_INSTALL,    /* a TDP fault has read the entry it wants, decided nothing */
     KVMMMU_POINT_REMOVED_WAIT,   /* waiting, as above: a table that goes, for the owner of a REMOVED entry in it */
+    KVMMMU_POINT_LINE_SEEN,      /* who waits has looked at a vCPU's line and asked it to leave, not waited */
     KVMMMU_POINTS
 };
 
@@ -67,6 +68,8 @@ enum {
     KVMMMU_MUTANT_STALE_PATH,      /* nor starts from the root after it let a writer in */
     KVMMMU_MUTANT_NO_GRACE,        /* a table that went is freed while faults may be in it */
     KVMMMU_MUTANT_DEAF_BATCH,      /* a batch goes on with what it remembers, whatever is requested */
+    KVMMMU_MUTANT_NO_KICK,         /* who waits does not ask a batch to leave the guest */
+    KVMMMU_MUTANT_SECOND_LOOK,     /* who waits looks at the line again, after it decided whom to ask */
     KVMMMU_MUTANTS
 };
 

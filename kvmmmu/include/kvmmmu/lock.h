@@ -275,14 +275,14 @@ static inline void kvmmmu_write_unlock(struct kvmmmu_rwlock *lock)
     kvmmmu_st_release_u32(&lock->writer, 0);
 }
 
-/* Wait until no line is where ``flags`` say since before the call: it left, or began anew. */
-static inline void kvmmmu_wait_line(const struct kvmmmu_line *line, uint64_t flags, int point)
+/* Wait until a line is no longer where ``flags`` say since it was seen as ``seen``: it left, or began anew. */
+static inline void kvmmmu_wait_line(const struct kvmmmu_line *line, uint64_t seen, uint64_t flags, int point)
 {
-    uint64_t before = kvmmmu_ld_acquire_u64(&line->mode), now = before;
+    uint64_t now = seen;
     unsigned spins = 0;
 
     (void)point;
-    while ((now & flags) && ((now ^ before) & ~(uint64_t)KVMMMU_LINE_FLAGS) == 0) {
+    while ((now & flags) && ((now ^ seen) & ~(uint64_t)KVMMMU_LINE_FLAGS) == 0) {
         KVMMMU_YIELD(line, point);
         kvmmmu_pause(spins++);
         now = kvmmmu_ld_acquire_u64(&line->mode);
@@ -309,19 +309,6 @@ static inline int kvmmmu_reader_protocol(const struct kvmmmu_line *line)
     if (KVMMMU_NO_LOCKS)
         return KVMMMU_READERS_UNMARKED;
     return kvmmmu_ld_u64(&line->mode) & KVMMMU_LINE_PLAIN ? KVMMMU_READERS_MEMBARRIER : KVMMMU_READERS_EXCHANGE;
-}
-
-/* Called after unlinking, before reuse; requests that make a vCPU leave the guest were raised before. */
-static inline void kvmmmu_drain_readers(struct kvmmmu_line *const *lines, const int *n)
-{
-    int i, count;
-
-    if (KVMMMU_NO_LOCKS)
-        return;
-    kvmmmu_readers_barrier(lines[0]);
-    count = kvmmmu_line_count(n);
-    for (i = 0; i < count && !KVMMMU_MUTANT(NULL, KVMMMU_MUTANT_NO_DRAIN); i++)
-        kvmmmu_wait_line(lines[i], KVMMMU_LINE_GUEST | KVMMMU_LINE_READING, KVMMMU_POINT_DRAIN_WAIT);
 }
 
 #endif
