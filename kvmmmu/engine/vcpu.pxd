@@ -301,7 +301,7 @@ cdef struct Hits:
     uint64_t va_mask
 
 cdef inline bint hits_begin(const Vcpu *vcpu, Hits *h) noexcept nogil:
-    """A vCPU with a TLB: ``access_hit`` may be asked, as long as nothing else is done.  In the guest a root is loaded."""
+    """A vCPU with a TLB: ``access_hit`` may be asked while nothing else is done.  In the guest a root is loaded."""
     if vcpu.guest_mode or not in_guest(vcpu.line):
         return False
     h.tables = tlb_tables(vcpu)
