@@ -954,7 +954,7 @@ from kvmmmu.engine.zap cimport set_max_pages
 from kvmmmu.engine.recovery cimport nx_recover
 from kvmmmu.engine.region cimport nx_huge_pages_set, slot_id_free, vm_finish_delete, vm_set_region, vm_slots_free
 from kvmmmu.engine.registers cimport REG_OK, set_sregs, vcpu_invpcid, write_efer
-from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, replay_run
+from kvmmmu.engine.replay cimport ReplayTotals, TraceColumns, first_bad_cpl, replay_run
 from kvmmmu.engine.reserve cimport arena_discard
 from kvmmmu.engine.moves cimport vcpu_move_to_cr
 from kvmmmu.engine.roots cimport roots_sync, vcpu_init, vcpu_invlpg, vcpu_set_guest_mode, vcpu_set_smm, vm_teardown
@@ -2035,9 +2035,9 @@ cdef class VcpuCore(VcpuHandle):
         e.size = <const uint8_t *>cs.view.buf
         e.flags = <const uint8_t *>cf.view.buf
         e.cpl = <const uint8_t *>cp.view.buf
-        for i in range(n):
-            if e.cpl[i] > 3:
-                raise ArgumentError(f"cpl[{i}] is {e.cpl[i]}; allowed are 0 .. 3")
+        i = first_bad_cpl(&e, n)
+        if i < n:
+            raise ArgumentError(f"cpl[{i}] is {e.cpl[i]}; allowed are 0 .. 3")
         memset(&t, 0, sizeof(t))
         self.claim()
         with nogil:

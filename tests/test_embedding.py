@@ -28,11 +28,11 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="session")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel, built in a copy of its tree (-O1: it is not timed here)."""
+    """The project's wheel, built in a copy of its tree (-O0: it is not timed here)."""
     copy = tmp_path_factory.mktemp("wheel") / "kvmmmu"
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*IGNORED))
     command = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", ".")
-    run(sys.executable, *command, cwd=copy, KVMMMU_CFLAGS="-O1 -fvisibility=hidden -fwrapv -g0")
+    run(sys.executable, *command, cwd=copy, KVMMMU_CFLAGS="-O0 -fvisibility=hidden -fwrapv -g0")
     (built,) = (copy / "dist").glob("kvmmmu-*.whl")
     return built
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu.check.links import spte_name
-from kvmmmu.check.snapshot import ENTRIES, MMIO_GENERATION, Role, Snapshot
+from kvmmmu.check.snapshot import ENTRIES, MMIO_GENERATION, Role, SlotColumns, Snapshot
 from kvmmmu.constants import TABLE
 from kvmmmu.errors import Violation
 
@@ -151,16 +151,27 @@ def generation(s: Snapshot) -> Iterator[Violation]:
             yield Violation(name, f"vCPU {vcpu.id}", found, hole)
 
 
+def _in_log(slot: SlotColumns, first: int, pages: int) -> bool:
+    if slot.dirty is None:
+        return False
+    words = slot.dirty[first >> 6 : (first + pages + 63) >> 6].astype("<u8")
+    every = (1 << pages) - 1
+    return int.from_bytes(words.tobytes(), "little") >> (first & 63) & every == every
+
+
 def dirty_log(s: Snapshot) -> Iterator[Violation]:
-    """A page of a logged slot that can be written without KVM seeing it is in the log, and mapped at 4 KiB (I12)."""
+    """What KVM does not see the guest write of a logged slot is in the log, of a large leaf every page (I12).
+
+    Large leaves stay writable where logging began with every page set, until a part of the log is cleared.
+    """
     name = "dirty log"
     for page, entry in np.argwhere(s.leaf & _mask(s, 2)).tolist():
-        gfn = int(s.gfn[page, entry])
+        gfn, level = int(s.gfn[page, entry]), int(s.level[page])
         slot = s.spaces[Role.as_id(s.role(page))].at(gfn)
-        if slot is None or not slot.logged:
+        if slot is None or not slot.logged or _in_log(slot, gfn - slot.base_gfn, 1 << 9 * (level - 1)):
             continue
-        where, place = spte_name(s, page * ENTRIES + entry), gfn - slot.base_gfn
-        if s.level[page] != 1:
-            yield Violation(name, where, f"maps {slot.id}, a logged slot, at level {s.level[page]}")
-        elif slot.dirty is None or not int(slot.dirty[place >> 6]) >> (place & 63) & 1:
+        where = spte_name(s, page * ENTRIES + entry)
+        if level != 1:
+            yield Violation(name, where, f"maps {slot.id}, a logged slot, at level {level}")
+        else:
             yield Violation(name, where, f"may be written, gfn {gfn:#x} is not in the dirty log")

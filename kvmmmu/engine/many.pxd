@@ -27,7 +27,7 @@ from kvmmmu.engine.quick cimport Quick, quick_memory
 from kvmmmu.engine.ring cimport likely
 from kvmmmu.engine.rows cimport other_page
 from kvmmmu.engine.state cimport Access, MMU_SHADOW, OUTCOME_OK, ShadowPage, Vcpu, Vm
-from kvmmmu.engine.vcpu cimport access_begin, access_hit, leaf_gpa, vcpu_access
+from kvmmmu.engine.vcpu cimport Hits, access_begin, access_hit, hits_begin, leaf_gpa, vcpu_access
 from kvmmmu.engine.walk cimport walk_second_access
 
 cdef extern from "kvmmmu/capi.h" nogil:
@@ -320,9 +320,12 @@ cdef inline int64_t run_plain(Vcpu *vcpu, const Run *r, int64_t i) noexcept nogi
 
 cdef inline int64_t run_cached(Vcpu *vcpu, const Run *r, int64_t i) noexcept nogil:
     """The same by the vCPU's TLB."""
-    cdef uint64_t gpa = 0, user = PFERR_USER if vcpu.cpl == 3 else 0
+    cdef uint64_t gpa = 0, hpa = 0, user = PFERR_USER if vcpu.cpl == 3 else 0
+    cdef Hits h
+    if not hits_begin(vcpu, &h):
+        return i
     while (i < r.n and r.kinds[i] < GRANT_KINDS
-           and access_hit(vcpu, r.gvas[i], grants_access(r.kinds[i]) | user, r.size, NULL, &gpa)):
+           and access_hit(vcpu, &h, r.gvas[i], grants_access(r.kinds[i]) | user, r.size, &gpa, &hpa)):
         run_write(&r.out[i], r.size, gpa)
         i += 1
     return i

@@ -12,7 +12,7 @@ from kvmmmu.engine.state cimport (
     Access, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SPTE_HIT, Vcpu,
 )
 from kvmmmu.engine.tlbflush cimport tlb_flush_guest
-from kvmmmu.engine.vcpu cimport access_hit, vcpu_access
+from kvmmmu.engine.vcpu cimport Hits, access_hit, access_move, hits_begin, vcpu_access
 
 # The kinds of the trace format, by number.
 cdef enum:
@@ -85,13 +85,7 @@ cdef inline void replay_access(Vcpu *vcpu, ReplayTotals *t, uint64_t i, uint64_t
     """An access that succeeded in the recording: the same gpa, and MMIO exactly where it was MMIO."""
     cdef Access a
     cdef uint64_t cache = vcpu.stats[<int>VSTAT_MMIO_CACHE_HIT], spte = vcpu.stats[<int>VSTAT_MMIO_SPTE_HIT]
-    cdef uint64_t seen = 0
     cdef int expected = OUTCOME_MMIO if mmio else OUTCOME_OK
-    if (vcpu.tlb != NULL and not mmio
-            and access_hit(vcpu, gva, access | (PFERR_USER if vcpu.cpl == 3 else 0), size, data, &seen)
-            and seen == gpa):
-        # Nothing of the access's record is asked for.
-        return
     vcpu_access(vcpu, gva, access, size, data, &a)
     t.exits += a.exits
     if a.outcome != expected:
@@ -154,19 +148,76 @@ cdef inline bint replay_movcr(Vcpu *vcpu, int n, uint64_t value) noexcept nogil:
     return True  # CR2 and CR8 do not concern the MMU
 
 
+cdef inline int record_size(const TraceColumns *e, uint64_t i) noexcept nogil:
+    """Bytes that a data access moves.
+
+    A record holds 8 bytes of value; the rest of a wider store follows as MEMHI, or is not known.
+    """
+    cdef int shift = e.size[i] & 7
+    return 8 if shift > 3 or e.kind[i] == TRACE_MEMHI else 1 << shift
+
+
+cdef inline uint64_t first_bad_cpl(const TraceColumns *e, uint64_t n) noexcept nogil:
+    """The first record whose CPL no processor has, or ``n``."""
+    cdef uint64_t i
+    cdef uint8_t every = 0
+    # Without a way out of the loop the compiler takes many at once.
+    for i in range(n):
+        every |= e.cpl[i]
+    if every <= 3:
+        return n
+    for i in range(n):
+        if e.cpl[i] > 3:
+            return i
+    return n
+
+
+cdef inline uint64_t replay_hits(Vcpu *vcpu, ReplayTotals *t, const TraceColumns *e, uint64_t i, uint64_t n,
+                                 bint values) noexcept nogil:
+    """Plain accesses from record ``i`` on that the TLB serves as recorded; the first that is none, or another.
+
+    Nothing of an access's own record is asked for.
+    """
+    cdef uint64_t gpa = 0, hpa = 0, access, first = i
+    cdef int kind, size
+    cdef Hits h
+    if not hits_begin(vcpu, &h):
+        return i
+    while i < n:
+        kind = e.kind[i]
+        if kind == TRACE_MEM:
+            if e.flags[i] & FLAG_MMIO:
+                break
+            access = PFERR_WRITE if e.flags[i] & FLAG_STORE else 0
+            size = record_size(e, i)
+        elif kind == TRACE_FETCH and not e.flags[i] & FLAG_CROSSES:
+            access = PFERR_FETCH
+            size = 1
+        else:
+            break
+        vcpu.cpl = e.cpl[i]
+        if vcpu.cpl == 3:
+            access |= PFERR_USER
+        if not access_hit(vcpu, &h, e.a[i], access, size, &gpa, &hpa) or gpa != e.b[i]:
+            break
+        if access & PFERR_WRITE and values:
+            access_move(vcpu, hpa, access, size, <uint8_t *>&e.c[i])
+        t.by_kind[kind] += 1
+        i += 1
+    t.events += i - first
+    return i
+
+
 cdef inline void replay_event(Vcpu *vcpu, ReplayTotals *t, const TraceColumns *e, uint64_t i,
                               bint values) noexcept nogil:
     cdef uint64_t a = e.a[i], b = e.b[i], c = e.c[i], access = 0
-    cdef int size = 1 << (e.size[i] & 7), kind = e.kind[i], flags = e.flags[i]
+    cdef int kind = e.kind[i], flags = e.flags[i]
     cdef bint ok = True
     if kind == TRACE_MEM or kind == TRACE_MEMHI or kind == TRACE_PTSTORE:
         vcpu.cpl = e.cpl[i]
         if flags & FLAG_STORE:
             access = PFERR_WRITE
-        # A record holds 8 bytes of value; the rest of a wider store follows as MEMHI, or is not known.
-        if size > 8 or kind == TRACE_MEMHI:
-            size = 8
-        replay_access(vcpu, t, i, a, b, access, size,
+        replay_access(vcpu, t, i, a, b, access, record_size(e, i),
                       <uint8_t *>&c if access and (values or kind == TRACE_PTSTORE) else NULL, (flags & FLAG_MMIO) != 0)
     elif kind == TRACE_FETCH:
         vcpu.cpl = e.cpl[i]
@@ -206,8 +257,13 @@ cdef inline void replay_fetch_next(Vcpu *vcpu, ReplayTotals *t, uint64_t i, uint
 cdef inline void replay_run(Vcpu *vcpu, const TraceColumns *e, uint64_t n, bint values, uint64_t stop_after,
                             ReplayTotals *t) noexcept nogil:
     """``n`` records; ends early once ``stop_after`` (0: never) disagreements were seen."""
-    cdef uint64_t i
-    for i in range(n):
+    cdef uint64_t i = 0
+    while i < n:
+        if vcpu.tlb != NULL:
+            i = replay_hits(vcpu, t, e, i, n, values)
+            if i == n:
+                return
         replay_event(vcpu, t, e, i, values)
+        i += 1
         if stop_after and t.disagreements >= stop_after:
             return

@@ -340,6 +340,7 @@ cdef enum:
 cdef enum:
     TLB_SIZES = 3         # 4 KiB, 2 MiB, 1 GiB
     TLB_PCIDS = 4096
+    TLB_MET = 64          # a power of two
     PSC_LEVELS = 6        # by level; an entry of level 1 is never a table's
     # Kinds of access that an entry may refuse.
     TLB_READ = 1
@@ -393,6 +394,7 @@ cdef struct Tlb:
     uint64_t *pcid_epoch  # TLB_PCIDS of them
     uint64_t *psc_epoch   # the same
     TlbEntry *last[2]     # last hit: data, fetch
+    TlbEntry *met[64]     # by page number: what the arrays were last searched for, and gave
     TlbEntry nothing      # what these point to before the first hit
     TlbArray first[3]     # by size
     TlbArray second       # 4 KiB and 2 MiB

@@ -10,7 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport (
-    MMU_SHADOW, PSC_LEVELS, PscArray, PscEntry, TLB_PCIDS, TLB_SIZES, Tlb, TlbArray, TlbEntry, Vcpu,
+    MMU_SHADOW, PSC_LEVELS, PscArray, PscEntry, TLB_MET, TLB_PCIDS, TLB_SIZES, Tlb, TlbArray, TlbEntry, Vcpu,
 )
 
 cdef enum:
@@ -77,6 +77,7 @@ cdef inline Tlb *tlb_new(const uint32_t *geometry, bint spurious_faults) noexcep
         table = psc_array_place(&t.host_psc[i], geometry + 2 * (GEOMETRY_HOST_PSC + i - 2), table)
     t.last[0] = &t.nothing
     t.last[1] = &t.nothing
+    tlb_meet_anew(t)
     t.spurious_faults = spurious_faults
     return t
 
@@ -90,12 +91,19 @@ cdef inline uint64_t tlb_pcid(const Vcpu *vcpu) noexcept nogil:
 cdef inline uint64_t psc_epoch(const Tlb *t, uint64_t pcid) noexcept nogil:
     return t.pcid_epoch[pcid] + t.psc_epoch[pcid] + t.all_epoch + t.tables_epoch
 
+cdef inline void tlb_meet_anew(Tlb *t) noexcept nogil:
+    cdef int i
+    for i in range(TLB_MET):
+        t.met[i] = &t.nothing
+
 cdef inline void tlb_retag(Vcpu *vcpu) noexcept nogil:
     """A PCID, a root or an epoch changed: from now on other entries are the vCPU's own."""
     cdef Tlb *t = vcpu.tlb
-    cdef uint64_t pcid, base, root = 0
+    cdef uint64_t pcid, base, root = 0, context, global_context
     if t == NULL:
         return
+    context = t.context
+    global_context = t.global_context
     pcid = tlb_pcid(vcpu)
     # Shadow tables are the linear tables themselves: the processor knows nothing of a second dimension.
     if vcpu.vm.mmu != MMU_SHADOW:
@@ -105,6 +113,8 @@ cdef inline void tlb_retag(Vcpu *vcpu) noexcept nogil:
     t.psc_context = base | pcid | (psc_epoch(t, pcid) << CONTEXT_EPOCH_SHIFT)
     t.global_context = base | CONTEXT_GLOBAL | (t.global_epoch << CONTEXT_EPOCH_SHIFT)
     t.host_context = root | CONTEXT_HOST | (t.host_epoch << CONTEXT_EPOCH_SHIFT)
+    if t.context != context or t.global_context != global_context:
+        tlb_meet_anew(t)
 
 cdef inline bint context_alive(const Tlb *t, uint64_t context, bint table) noexcept nogil:
     """No flush since has reached it; table: of a paging-structure cache."""
@@ -183,17 +193,29 @@ cdef inline TlbEntry *tlb_search(Tlb *t, uint64_t va, int fetch) noexcept nogil:
     if e != NULL:
         e.used = t.clock
         t.last[fetch] = e
+        t.met[(va >> 12) & (TLB_MET - 1)] = e
     return e
 
 
+cdef inline bint tlb_translates(const Tlb *t, const TlbEntry *e, uint64_t va) noexcept nogil:
+    return e.key >> 6 == va >> (e.key & 63) and (e.context == t.context or e.context == t.global_context)
+
+
 cdef inline TlbEntry *tlb_find(Tlb *t, uint64_t va, int fetch) noexcept nogil:
-    """The entry that translates va now, or NULL; the last hit is looked at first."""
+    """The entry that translates va now, or NULL; the last hit is looked at first.
+
+    Then what a search gave for the page.  If it still translates it, a search would give it again: while the contexts
+    are the same, nothing is entered for an address that an entry translates.
+    """
     cdef TlbEntry *e = t.last[fetch]
     t.clock += 1
-    if e.key == tlb_key(va, e.key & 63) and (e.context == t.context or e.context == t.global_context):
-        e.used = t.clock
-        return e
-    return tlb_search(t, va, fetch)
+    if not tlb_translates(t, e, va):
+        e = t.met[(va >> 12) & (TLB_MET - 1)]
+        if not tlb_translates(t, e, va):
+            return tlb_search(t, va, fetch)
+        t.last[fetch] = e
+    e.used = t.clock
+    return e
 
 
 cdef inline uint64_t tlb_offset(const TlbEntry *e, uint64_t va) noexcept nogil:

@@ -7,6 +7,7 @@ because raising rights needs no flush (SDM vol. 3A section 4.10.4.3).
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from kvmmmu.bits.access cimport permission_index, pkey_fault
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
@@ -305,14 +306,20 @@ cdef inline const Paging *tlb_tables(const Vcpu *vcpu) noexcept nogil:
     return &vcpu.hw if vcpu.vm.mmu == MMU_SHADOW else &vcpu.guest_hw
 
 
-cdef inline bint tlb_refuses(const TlbEntry *e, uint64_t access) noexcept nogil:
-    return e.refuse & tlb_need(access & ~<uint64_t>PFERR_USER) != 0
+cdef inline bint tlb_serves(const Paging *p, const TlbEntry *e, uint64_t access, bint ac) noexcept nogil:
+    """An entry that translates an address allows the access to it."""
+    if (p.permissions[permission_index(access, ac)] >> e.acc) & 1:
+        return False
+    if e.refuse and e.refuse & tlb_need(access & ~<uint64_t>PFERR_USER):
+        return False
+    # Where PKRU refuses nothing no key does.
+    return not p.pkru or not p.pke or not pkey_fault(p.pkru_mask, p.pkru, access, e.acc, e.pkey)
 
 
 cdef inline TlbEntry *tlb_hit(Vcpu *vcpu, const Paging *p, uint64_t va, uint64_t access) noexcept nogil:
     """The entry that serves an access, or NULL.  No table is read, nothing but the entry's age changes."""
-    cdef TlbEntry *e = tlb_find(vcpu.tlb, va, (access & PFERR_FETCH) != 0)
-    if e == NULL or tlb_refuses(e, access) or permission_fault(p, access, e.acc, vcpu.ac, e.pkey):
+    cdef TlbEntry *e = tlb_find(vcpu.tlb, va, <int>(access // PFERR_FETCH) & 1)
+    if e == NULL or not tlb_serves(p, e, access, vcpu.ac):
         return NULL
     vcpu.stats[<int>VSTAT_TLB_HIT] += 1
     return e
@@ -345,7 +352,7 @@ cdef inline int tlb_access(Vcpu *vcpu, uint64_t va, uint64_t access, uint64_t *g
     if p.format != FMT_NONE:
         e = tlb_find(vcpu.tlb, va, (access & PFERR_FETCH) != 0)
         if e != NULL:
-            if not tlb_refuses(e, access) and not permission_fault(p, access, e.acc, vcpu.ac, e.pkey):
+            if tlb_serves(p, e, access, vcpu.ac):
                 vcpu.stats[<int>VSTAT_TLB_HIT] += 1
                 hpa[0] = e.hpa + tlb_offset(e, va)
                 gpa[0] = e.gpa + tlb_offset(e, va)

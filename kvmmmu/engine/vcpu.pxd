@@ -295,25 +295,39 @@ cdef inline void access_begin(Access *out, int size) noexcept nogil:
     out.gpa = ALL_ONES
 
 
-cdef inline bint access_hit(Vcpu *vcpu, uint64_t gva, uint64_t access, int size, uint8_t *data,
-                            uint64_t *gpa) noexcept nogil:
-    """An access inside one page that the TLB serves, done; False: nothing happened, ``vcpu_access`` is to do it.
+cdef struct Hits:
+    # What stays as it is while a vCPU does nothing but accesses that its TLB serves.
+    const Paging *tables
+    uint64_t va_mask
 
-    PFERR_USER must be in ``access`` already.
-    """
-    cdef const Paging *p = tlb_tables(vcpu)
-    cdef const TlbEntry *e
-    # In the guest a root is loaded; a flush that somebody waits for is a request first.
-    if vcpu.tlb == NULL or not in_guest(vcpu.line) or ld_acquire_u32(&vcpu.requests):
+cdef inline bint hits_begin(const Vcpu *vcpu, Hits *h) noexcept nogil:
+    """A vCPU with a TLB: ``access_hit`` may be asked while nothing else is done.  In the guest a root is loaded."""
+    if vcpu.guest_mode or not in_guest(vcpu.line):
         return False
-    gva &= p.va_mask & vcpu.guest.va_mask
+    h.tables = tlb_tables(vcpu)
+    h.va_mask = h.tables.va_mask & vcpu.guest.va_mask
+    return True
+
+
+cdef inline bint access_hit(Vcpu *vcpu, const Hits *h, uint64_t gva, uint64_t access, int size, uint64_t *gpa,
+                            uint64_t *hpa) noexcept nogil:
+    """An access inside one page that the TLB serves; False: nothing happened, ``vcpu_access`` is to do it.
+
+    PFERR_USER must be in ``access`` already.  The bytes are the caller's to move.
+    """
+    cdef const TlbEntry *e
+    # A flush that somebody waits for is a request first.
+    if ld_acquire_u32(&vcpu.requests):
+        return False
+    gva &= h.va_mask
     if <int>(gva & 4095) + size > 4096:
         return False
-    e = tlb_hit(vcpu, p, gva, access)
+    e = tlb_hit(vcpu, h.tables, gva, access)
     if e == NULL:
         return False
-    gpa[0] = e.gpa + tlb_offset(e, gva)
-    access_move(vcpu, e.hpa + tlb_offset(e, gva), access, size, data)
+    gva = tlb_offset(e, gva)
+    gpa[0] = e.gpa + gva
+    hpa[0] = e.hpa + gva
     return True
 
 

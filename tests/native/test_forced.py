@@ -3,13 +3,17 @@
 import importlib.util
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
+
+#: The runs of one kind that a case must fail, by the point left out or the fault planted.
+Controls = dict[str, Future[tuple[int, str]]]
 
 CASES = re.findall(r'case_add\(c, b"(\w+)"', (HERE / "forced.pyx").read_text())
 
@@ -19,11 +23,10 @@ def run(program: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def all_fail(program: Path, case: str, option: str, values: list[str]) -> None:
-    """A control mostly waits until its patience ends, so several run at once."""
-    with ThreadPoolExecutor(8) as pool:
-        for value, (code, text) in zip(values, pool.map(lambda v: run(program, option, v, case), values), strict=True):
-            assert code == 1, f"{option} {value}: {code} {text}"
+def all_fail(controls: Controls) -> None:
+    for control, done in controls.items():
+        code, text = done.result()
+        assert code == 1, f"{control}: {code} {text}"
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +51,21 @@ def mutants(forced: Path) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in lines}
 
 
+@pytest.fixture(scope="session")
+def controls(
+    request: pytest.FixtureRequest, forced: Path, mutants: dict[str, list[str]]
+) -> Iterator[dict[tuple[str, str], Controls]]:
+    """Of every case that is tested.  Most wait until their patience ends, so several run at once."""
+    chosen = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    started: dict[tuple[str, str], Controls] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for case in (case for case in CASES if case in chosen):
+            values = {"--without": run(forced, "--points", case)[1].split(), "--mutant": mutants[case]}
+            for option in values:
+                started[case, option] = {v: pool.submit(run, forced, option, v, case) for v in values[option]}
+        yield started
+
+
 def test_the_program_has_the_cases_that_are_tested(mutants: dict[str, list[str]]) -> None:
     assert list(mutants) == CASES
 
@@ -58,15 +76,14 @@ def test_the_case_holds_when_its_interleaving_is_forced(forced: Path, case: str)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_case_fails_without_any_one_of_its_points(forced: Path, case: str) -> None:
-    points = run(forced, "--points", case)[1].split()
-    assert points
-    all_fail(forced, case, "--without", points)
+def test_the_case_fails_without_any_one_of_its_points(controls: dict[tuple[str, str], Controls], case: str) -> None:
+    assert controls[case, "--without"]
+    all_fail(controls[case, "--without"])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_case_finds_the_faults_planted_for_it(forced: Path, mutants: dict[str, list[str]], case: str) -> None:
-    all_fail(forced, case, "--mutant", mutants[case])
+def test_the_case_finds_the_faults_planted_for_it(controls: dict[tuple[str, str], Controls], case: str) -> None:
+    all_fail(controls[case, "--mutant"])
 
 
 def test_an_unknown_case_or_point_is_an_error(forced: Path) -> None:

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmmmu as km
+from kvmmmu.check.run import check_snapshot
+from kvmmmu.check.snapshot import Snapshot
 from machine import FLAT, LONG, USER, Machine, MiB
 from scene import MAPPED, OK, TDP, Flavour, Scene, page
 
@@ -211,6 +213,28 @@ def test_s18_no_write_is_ever_lost(flavour: Flavour, steps: list[tuple[object, .
         do(*how)
     log.get()
     log.m.vm.check()
+
+
+@pytest.mark.parametrize("flavour", TDP, ids=str)
+def test_a_log_that_begins_all_set_leaves_huge_pages_writable_until_a_part_of_it_is_cleared(flavour: Flavour) -> None:
+    log = Logged(Flavour(flavour.mmu, FLAT, flavour.tdp_mmu), 2, "2M")
+    log.toggle()
+    log.touch("r", 0, False, 0)
+    log.toggle()
+    log.m.vm.check()
+    state = Snapshot(log.m.vm._core.snapshot())
+    assert writable_huge_pages(state) == 1
+    slot = state.spaces[0].at(LOGGED >> 12)
+    assert slot is not None and slot.dirty is not None
+    slot.dirty[5] ^= np.uint64(1 << 7)
+    assert [violation.invariant for violation in check_snapshot(state)] == ["dirty log"]
+    log.clear(0)
+    assert writable_huge_pages(Snapshot(log.m.vm._core.snapshot())) == 0
+    log.m.vm.check()
+
+
+def writable_huge_pages(state: Snapshot) -> int:
+    return int((state.leaf & (state.level == 2)[:, None] & (state.sptes & np.uint64(2) != 0)).sum())
 
 
 def test_s18_the_property_is_able_to_fail() -> None:
