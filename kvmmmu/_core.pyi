@@ -44,7 +44,6 @@ class _SpteFacts(TypedDict):
     ignore_pat: bool | None
 
 def constants() -> dict[str, int]: ...
-@final
 class SpteCodec:
     def __new__(
         cls,

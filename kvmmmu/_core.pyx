@@ -91,7 +91,7 @@ def constants():
     }
 
 
-@cython.final
+# Not final: see ``split_columns``.
 cdef class SpteCodec:
     """The masks one host uses in its sptes, and the batch loops over them; ``kvmmmu.sptes`` is its face."""
     cdef SpteMasks masks
@@ -182,8 +182,13 @@ cdef class SpteCodec:
         if n == 0:
             return 0
         with nogil:
-            n = codec_mmio_split(&self.masks, &spte[0], &gfn[0], &access[0], &gen[0], n)
+            n = self.split_columns(&spte[0], &gfn[0], &access[0], &gen[0], n)
         return n
+
+    # Called through the class's table, so never inlined: beside its caller's buffers the loop runs out of registers.
+    cdef size_t split_columns(self, const uint64_t *spte, uint64_t *gfn, uint32_t *access, uint64_t *gen,
+                              size_t n) noexcept nogil:
+        return codec_mmio_split(&self.masks, spte, gfn, access, gen, n)
 
     def is_mmio_many(self, const uint64_t[::1] spte, uint8_t[::1] out):
         cdef size_t n = spte.shape[0]
