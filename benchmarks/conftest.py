@@ -90,7 +90,7 @@ def build_pyx_in(folder: Path, name: str, *macros: str) -> ModuleType:
         [str(folder / f"{name}.pyx")],
         include_dirs=[kvmmmu.get_include(), str(HERE)],
         define_macros=[(macro, "1") for macro in macros],
-        extra_compile_args=["-O3", "-fwrapv", "-g0"],
+        extra_compile_args=["-O3", "--param", "inline-unit-growth=100", "-fwrapv", "-g0"],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the build tools

@@ -9,7 +9,7 @@ from kvmmmu.engine.moves cimport vcpu_move_to_cr
 from kvmmmu.engine.registers cimport REG_OK, set_sregs
 from kvmmmu.engine.roots cimport roots_sync, vcpu_invlpg
 from kvmmmu.engine.state cimport (
-    Access, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SPTE_HIT, Vcpu,
+    Access, OUTCOME_MMIO, OUTCOME_OK, OUTCOME_PF, VSTAT_MMIO_CACHE_HIT, VSTAT_MMIO_SPTE_HIT, VSTAT_TLB_HIT, Vcpu,
 )
 from kvmmmu.engine.tlbflush cimport tlb_flush_guest
 from kvmmmu.engine.vcpu cimport Hits, access_hit, access_move, hits_begin, vcpu_access
@@ -198,7 +198,11 @@ cdef inline uint64_t replay_hits(Vcpu *vcpu, ReplayTotals *t, const TraceColumns
         vcpu.cpl = e.cpl[i]
         if vcpu.cpl == 3:
             access |= PFERR_USER
-        if not access_hit(vcpu, &h, e.a[i], access, size, &gpa, &hpa) or gpa != e.b[i]:
+        if not access_hit(vcpu, &h, e.a[i], access, size, &gpa, &hpa):
+            break
+        if gpa != e.b[i]:
+            # It is made again, with a record of its own.
+            vcpu.stats[<int>VSTAT_TLB_HIT] -= 1
             break
         if access & PFERR_WRITE and values:
             access_move(vcpu, hpa, access, size, <uint8_t *>&e.c[i])

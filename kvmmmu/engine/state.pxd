@@ -364,6 +364,11 @@ cdef struct TlbArray:
     uint64_t mask         # sets - 1
     uint32_t ways         # 0: there is none
 
+cdef struct TlbMet:
+    # What the arrays gave for a 4 KiB page when they were last searched for it.
+    uint64_t page
+    TlbEntry *entry
+
 cdef struct PscEntry:
     # A paging-structure cache's entry: what an entry that points to a table said (SDM vol. 3A section 4.10.3).
     uint64_t key          # address above the bits that the table translates
@@ -394,7 +399,7 @@ cdef struct Tlb:
     uint64_t *pcid_epoch  # TLB_PCIDS of them
     uint64_t *psc_epoch   # the same
     TlbEntry *last[2]     # last hit: data, fetch
-    TlbEntry *met[64]     # by page number: what the arrays were last searched for, and gave
+    TlbMet met[TLB_MET]   # by page number
     TlbEntry nothing      # what these point to before the first hit
     TlbArray first[3]     # by size
     TlbArray second       # 4 KiB and 2 MiB

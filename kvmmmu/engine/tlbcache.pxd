@@ -10,7 +10,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from kvmmmu.bits.constants cimport *
 from kvmmmu.engine.state cimport (
-    MMU_SHADOW, PSC_LEVELS, PscArray, PscEntry, TLB_MET, TLB_PCIDS, TLB_SIZES, Tlb, TlbArray, TlbEntry, Vcpu,
+    MMU_SHADOW, PSC_LEVELS, PscArray, PscEntry, TLB_MET, TLB_PCIDS, TLB_SIZES, Tlb, TlbArray, TlbEntry, TlbMet,
+    Vcpu,
 )
 
 cdef enum:
@@ -94,7 +95,7 @@ cdef inline uint64_t psc_epoch(const Tlb *t, uint64_t pcid) noexcept nogil:
 cdef inline void tlb_meet_anew(Tlb *t) noexcept nogil:
     cdef int i
     for i in range(TLB_MET):
-        t.met[i] = &t.nothing
+        t.met[i].entry = &t.nothing
 
 cdef inline void tlb_retag(Vcpu *vcpu) noexcept nogil:
     """A PCID, a root or an epoch changed: from now on other entries are the vCPU's own."""
@@ -170,10 +171,15 @@ cdef inline TlbEntry *array_victim(const Tlb *t, const TlbArray *a, uint64_t add
     return oldest
 
 
+cdef inline TlbMet *tlb_met(Tlb *t, uint64_t va) noexcept nogil:
+    return &t.met[(va >> 12) & (TLB_MET - 1)]
+
+
 cdef inline TlbEntry *tlb_search(Tlb *t, uint64_t va, int fetch) noexcept nogil:
     """All arrays in order; a find of the second level moves up."""
     cdef TlbEntry *e = NULL
     cdef TlbEntry *up
+    cdef TlbMet *m
     cdef int size
     for size in range(TLB_SIZES):
         if (t.sizes >> size) & 1:
@@ -193,7 +199,9 @@ cdef inline TlbEntry *tlb_search(Tlb *t, uint64_t va, int fetch) noexcept nogil:
     if e != NULL:
         e.used = t.clock
         t.last[fetch] = e
-        t.met[(va >> 12) & (TLB_MET - 1)] = e
+        m = tlb_met(t, va)
+        m.page = va >> 12
+        m.entry = e
     return e
 
 
@@ -204,14 +212,16 @@ cdef inline bint tlb_translates(const Tlb *t, const TlbEntry *e, uint64_t va) no
 cdef inline TlbEntry *tlb_find(Tlb *t, uint64_t va, int fetch) noexcept nogil:
     """The entry that translates va now, or NULL; the last hit is looked at first.
 
-    Then what a search gave for the page.  If it still translates it, a search would give it again: while the contexts
-    are the same, nothing is entered for an address that an entry translates.
+    Then what a search gave for this very page.  If it still translates it, a search would give it again: while the
+    contexts are the same, an entry that comes before it is entered by a miss of the page only, and it would be none.
     """
     cdef TlbEntry *e = t.last[fetch]
+    cdef const TlbMet *m
     t.clock += 1
     if not tlb_translates(t, e, va):
-        e = t.met[(va >> 12) & (TLB_MET - 1)]
-        if not tlb_translates(t, e, va):
+        m = tlb_met(t, va)
+        e = m.entry
+        if m.page != va >> 12 or not tlb_translates(t, e, va):
             return tlb_search(t, va, fetch)
         t.last[fetch] = e
     e.used = t.clock

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import kvmmmu as km
 from kvmmmu.traces import Kind
-from machine import DATA, LONG, MMUS, NOFLUSH, PCIDE, PGE, PKE, SMAP, USER, A, D, G, Machine, P, U, W
+from machine import DATA, LONG, MMUS, NOFLUSH, PCIDE, PGE, PKE, PS, SMAP, USER, A, D, G, Machine, MiB, P, U, W
 
 PAGE, PAGES, FRAMES = 4096, 6, 4
 GLOBAL = -1
@@ -206,6 +206,28 @@ def test_rows_are_served_as_sets_ways_and_ages_say(mmu: str, geometry: Any, prog
     entries = m.vcpu.tlb_entries()
     entries = entries[np.isin(entries["place"], ("pages_4k", "second_level"))]
     assert entries[["place", "address", "gpa", "pcid"]].tolist() == list(twin.held())
+
+
+@pytest.mark.parametrize("mmu", ["ept", "npt"])
+@pytest.mark.parametrize("pages", [1, 63, 64, 65, 128, 448])
+def test_a_small_page_that_is_still_cached_comes_before_a_large_one_cached_over_it(mmu: str, pages: int) -> None:
+    m = Machine(mmu, LONG, ram=16 * MiB, page_size="2M", tlb=km.Tlb(), start=False)
+    small, far = 0x4000_0000, 0x5000_5000
+    other = small + pages * PAGE
+    for page in range(512):
+        m.map(small + page * PAGE, 6 * MiB + page * PAGE)
+    m.map(far, 5 * MiB)
+    m.start()
+    reads = [small, far, small]
+    assert [m.access(gva, "r").gpa for gva in reads] == [6 * MiB, 5 * MiB, 6 * MiB]
+    # The guest makes all of them one page, and says so of the other alone.
+    m.poke(m.entry_gpa(small, 2), 8 * MiB | USER | PS)
+    m.vcpu.invlpg(other)
+    large = 8 * MiB + pages * PAGE
+    assert [m.access(gva, "r").gpa for gva in (other, far, other)] == [large, 5 * MiB, large]
+    assert [m.access(gva, "r").gpa for gva in (far, small, far, small)] == [5 * MiB, 6 * MiB] * 2
+    m.vcpu.invlpg(small)
+    assert m.access(small, "r").gpa == 8 * MiB
 
 
 # ---- replays ----------------------------------------------------------------------------------
