@@ -44,6 +44,7 @@ class _SpteFacts(TypedDict):
     ignore_pat: bool | None
 
 def constants() -> dict[str, int]: ...
+@disjoint_base
 class SpteCodec:
     def __new__(
         cls,
