@@ -90,6 +90,7 @@ def build_pyx_in(folder: Path, name: str, *macros: str) -> ModuleType:
         [str(folder / f"{name}.pyx")],
         include_dirs=[kvmmmu.get_include(), str(HERE)],
         define_macros=[(macro, "1") for macro in macros],
+        # Inlined as far as the extension is (setup.py).
         extra_compile_args=["-O3", "--param", "inline-unit-growth=100", "-fwrapv", "-g0"],
     )
     with warnings.catch_warnings():

@@ -40,17 +40,24 @@ cdef inline void rows_prepare(World *w, Rows *r, int vcpu, uint64_t gpa) noexcep
         r.kinds[i] = 0
 
 
-cdef inline int c42_batch_leaves_at_a_request(World *w) noexcept nogil:
-    """What the batch found is used until somebody asks; the flush waits for that row, and the next one walks."""
-    cdef Rows *r = <Rows *>calloc(1, sizeof(Rows))  # a failed case leaves its threads behind
-    cdef int i, _, faulted = 0
-    rows_prepare(w, r, 0, DATA)
-    world_access(r.vcpu, GVA, 0)
+cdef inline int rows_started(Rows *r) noexcept nogil:
+    """The reader's batch, past the rows that enter the guest and fill what is remembered."""
+    cdef int _
     turns_thread(R, rows_main, r)
-    # Past the rows that enter the guest and fill what is remembered.
     for _ in range(6):
         if turns_step(R, POINT_HARDWARE):
             return 1
+    return 0
+
+
+cdef inline int c42_batch_leaves_at_a_request(World *w) noexcept nogil:
+    """What the batch found is used until somebody asks; the flush waits for that row, and the next one walks."""
+    cdef Rows *r = <Rows *>calloc(1, sizeof(Rows))  # a failed case leaves its threads behind
+    cdef int i, faulted = 0
+    rows_prepare(w, r, 0, DATA)
+    world_access(r.vcpu, GVA, 0)
+    if rows_started(r):
+        return 1
     turns_thread(W, unmap_main, w)
     if turns_step(W, POINT_NOTIFIER) or turns_step(W, POINT_DRAIN_WAIT) or turns_step(R, POINT_LOCK_WAIT):
         return 1
@@ -79,13 +86,10 @@ cdef inline int rows_end(World *w, Rows *r) noexcept nogil:
 cdef inline int c44_update_asks_a_batch_to_leave(World *w) noexcept nogil:
     """A slot update sees the batch in the guest: it waits for one row, not for all."""
     cdef Rows *r = <Rows *>calloc(1, sizeof(Rows))
-    cdef int _
     rows_prepare(w, r, 0, DATA)
     world_access(r.vcpu, GVA, 0)
-    turns_thread(R, rows_main, r)
-    for _ in range(6):
-        if turns_step(R, POINT_HARDWARE):
-            return 1
+    if rows_started(r):
+        return 1
     turns_thread(W, create_main, w)
     if turns_step(W, POINT_SYNC_WAIT) or turns_step(R, POINT_HARDWARE) or turns_step(W, POINT_END):
         return 1
@@ -108,15 +112,12 @@ cdef inline int c44_batch_enters_after_the_look(World *w) noexcept nogil:
 cdef inline int c44_batch_is_back_before_the_look(World *w) noexcept nogil:
     """A batch leaves at a flush and is back before the flush looks at its line: it is asked once more."""
     cdef Rows *r = <Rows *>calloc(1, sizeof(Rows))
-    cdef int _
     map_gva(w, GVA, DATA)
     world_access(w.vcpu[0], GVA, 0)
     rows_prepare(w, r, 1, ELSEWHERE)
     world_access(r.vcpu, GVA, 0)
-    turns_thread(R, rows_main, r)
-    for _ in range(6):
-        if turns_step(R, POINT_HARDWARE):
-            return 1
+    if rows_started(r):
+        return 1
     turns_thread(W, unmap_main, w)
     # The first vCPU's line is seen: both are asked to flush by then, and the second takes that at once.
     if turns_step(W, POINT_LINE_SEEN) or turns_step(R, POINT_HARDWARE) or turns_step(R, POINT_HARDWARE):
