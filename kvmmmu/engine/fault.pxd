@@ -11,7 +11,7 @@ from kvmmmu.bits.spte cimport (
     spte_acc_tracked, spte_child, spte_is_last, spte_is_mmio, spte_mmu_writable, spte_permits, spte_present,
     spte_writable,
 )
-from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32, ld_acquire_u64, ready
+from kvmmmu.engine.atomics cimport cmpxchg_u64, ld_acquire_u32, ld_acquire_u64
 from kvmmmu.engine.events cimport (
     ev_check_mmio_spte, ev_fast_page_fault, ev_handle_mmio,
 )
@@ -79,14 +79,10 @@ cdef inline int mmio_not_found(Vm *vm, bint direct, uint64_t spte) noexcept nogi
 
 cdef inline bint walk_is_broken(const Paging *hw, const uint64_t *sptes, int leaf, int top) noexcept nogil:
     """A present entry of a walk has a reserved bit."""
-    cdef uint64_t some = 0
     cdef int level
-    # Links are present and map no page; almost always one look at all of them is enough.  Each is read by itself:
-    # two in one load would wait until both have left the store buffer.
-    for level in range(leaf + 1, top + 1):
-        some = ready(some | sptes[level])
-    if (hw.bad_mt_xwr or some & (hw.rsvd[0][LEVEL_2M] | hw.rsvd[0][LEVEL_1G] | hw.rsvd[0][LEVEL_512G]
-                                 | hw.rsvd[0][LEVEL_256T])):
+    # Links are present and map no page; almost always one look at all of them is enough.
+    if (hw.bad_mt_xwr or sptes[0] & (hw.rsvd[0][LEVEL_2M] | hw.rsvd[0][LEVEL_1G] | hw.rsvd[0][LEVEL_512G]
+                                     | hw.rsvd[0][LEVEL_256T])):
         for level in range(leaf + 1, top + 1):
             if rsvd_fault(hw, level, sptes[level]):
                 return True
