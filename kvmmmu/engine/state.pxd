@@ -400,6 +400,7 @@ cdef struct Tlb:
     uint64_t *psc_epoch   # the same
     TlbEntry *last[2]     # last hit: data, fetch
     TlbMet met[TLB_MET]   # by page number
+    uint64_t missed       # the page for which they gave nothing, and none was entered since; all ones: none
     TlbEntry nothing      # what these point to before the first hit
     TlbArray first[3]     # by size
     TlbArray second       # 4 KiB and 2 MiB

@@ -96,6 +96,7 @@ cdef inline void tlb_meet_anew(Tlb *t) noexcept nogil:
     cdef int i
     for i in range(TLB_MET):
         t.met[i].entry = &t.nothing
+    t.missed = ALL_ONES
 
 cdef inline void tlb_retag(Vcpu *vcpu) noexcept nogil:
     """A PCID, a root or an epoch changed: from now on other entries are the vCPU's own."""
@@ -176,11 +177,16 @@ cdef inline TlbMet *tlb_met(Tlb *t, uint64_t va) noexcept nogil:
 
 
 cdef inline TlbEntry *tlb_search(Tlb *t, uint64_t va, int fetch) noexcept nogil:
-    """All arrays in order; a find of the second level moves up."""
+    """All arrays in order; a find of the second level moves up.
+
+    A batch or a replay that meets a miss hands the access to the walk, which asks again: nothing is searched twice.
+    """
     cdef TlbEntry *e = NULL
     cdef TlbEntry *up
     cdef TlbMet *m
     cdef int size
+    if t.missed == va >> 12:
+        return NULL
     for size in range(TLB_SIZES):
         if (t.sizes >> size) & 1:
             e = array_find(&t.first[size], va, tlb_shift(size), t.context, t.global_context)
@@ -202,6 +208,8 @@ cdef inline TlbEntry *tlb_search(Tlb *t, uint64_t va, int fetch) noexcept nogil:
         m = tlb_met(t, va)
         m.page = va >> 12
         m.entry = e
+    else:
+        t.missed = va >> 12
     return e
 
 
@@ -251,6 +259,7 @@ cdef inline void tlb_fill(Tlb *t, uint64_t va, const TlbEntry *e, int shift, bin
     new_.hpa -= offset
     new_.gpa -= offset
     new_.used = t.clock
+    t.missed = ALL_ONES
     t.sizes |= <uint8_t>(1 << size)
     if new_.linear_shift > bits:
         t.split = 1
