@@ -230,6 +230,21 @@ def test_a_small_page_that_is_still_cached_comes_before_a_large_one_cached_over_
     assert m.access(small, "r").gpa == 8 * MiB
 
 
+@pytest.mark.parametrize("mmu", ["ept", "npt"])
+def test_a_miss_in_one_space_says_nothing_of_another(mmu: str) -> None:
+    m = Machine(mmu, LONG, tlb=km.Tlb(), start=False)
+    m.start(cr4=LONG.cr4 | PCIDE)
+    spaces = [m.cr3 | 1, m.new_space() | 2]
+    m.map(LONG.user, DATA, cr3=spaces[1] & ~0xFFF)
+    m.map(LONG.user, DATA, 0, cr3=spaces[0] & ~0xFFF)
+    for cr3 in (spaces[1], spaces[0], spaces[1] | NOFLUSH):
+        m.load_cr3(cr3)
+        hits = m.vcpu.stats["tlb_hit"]
+        outcome = m.access(LONG.user, "r").outcome
+        assert outcome is (km.Outcome.PF if cr3 == spaces[0] else km.Outcome.OK)
+    assert m.vcpu.stats["tlb_hit"] == hits + 1
+
+
 # ---- replays ----------------------------------------------------------------------------------
 
 
