@@ -25,7 +25,8 @@ cdef inline uint64_t grants_access(int kind) noexcept nogil:
 
 cdef inline void grants_init(Grants *g, const Paging *p, const uint64_t *access, bint ac) noexcept nogil:
     """``access``: of each kind, as these tables see it."""
-    cdef uint32_t kind, acc
+    cdef uint32_t acc
+    cdef int kind
     g.key = bits_between(62, 59) if p.pke else 0
     for kind in range(GRANT_KINDS):
         g.access[kind] = access[kind]
