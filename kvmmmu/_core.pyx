@@ -942,7 +942,7 @@ from kvmmmu.engine.state cimport *
 from kvmmmu.engine.atomics cimport fetch_add_u64, guest_store, ld_u64, st_release_u64, user_begin, user_end
 from kvmmmu.engine.birth cimport BIRTH_NO_ADDRESSES, BIRTH_OK, BIRTH_TOO_MANY, lines_new, vcpu_birth, vm_birth, vm_bury
 from kvmmmu.engine.claim cimport (CLAIM_BUSY, CLAIM_OK, vcpu_busy, vcpu_claim, vcpu_claim_enter, vcpu_release,
-                                  vm_close_begin, vm_inside)
+                                  vm_claims, vm_close_begin, vm_inside)
 from kvmmmu.engine.counters cimport vm_stat
 from kvmmmu.engine.dirty cimport dirty_clear, dirty_get
 from kvmmmu.engine.drain cimport slots_lock, slots_unlock
@@ -1105,6 +1105,11 @@ cdef class VmCore(VmHandle):
         for i in range(self.vm.n_vcpus):
             if vcpu_busy(self.vm.vcpus[i]):
                 raise VmBusyError(f"vCPU {i} is running: {what} needs every vCPU stopped")
+        return 0
+
+    cdef int check_still(self, uint64_t claims, str what) except -1:
+        if vm_claims(self.vm) != claims:
+            raise VmBusyError(f"a vCPU ran meanwhile: {what} needs every vCPU stopped")
         return 0
 
     def close(self):
@@ -1404,7 +1409,7 @@ cdef class VmCore(VmHandle):
 
     def snapshot(self):
         """The whole state as a stream of words, a copy; ``kvmmmu.check.Snapshot`` reads it."""
-        cdef uint64_t n, room = 0, address = 0
+        cdef uint64_t n, room = 0, address = 0, claims = vm_claims(self.vm)
         self.check_open()
         self.check_idle("a snapshot")
         while True:
@@ -1414,6 +1419,7 @@ cdef class VmCore(VmHandle):
                 n = vm_snapshot(self.vm, <uint64_t *>address, room)
                 slots_unlock(self.vm)
             if n == room and room:
+                self.check_still(claims, "a snapshot")
                 return out
             out = np.empty(n, np.uint64)
             address = out.ctypes.data
@@ -1421,8 +1427,7 @@ cdef class VmCore(VmHandle):
 
     def tlb_list(self, int vcpu_id):
         """What a vCPU's TLB holds now: rows of words as ``tlblist.pxd`` has them."""
-        cdef uint64_t n
-        cdef uint64_t address
+        cdef uint64_t n, address, claims = vm_claims(self.vm)
         self.check_idle("a list of what is cached")
         if not 0 <= vcpu_id < self.vm.n_vcpus:
             raise ArgumentError(f"vcpu_id is {vcpu_id}; allowed are 0 .. {self.vm.n_vcpus - 1}")
@@ -1433,6 +1438,7 @@ cdef class VmCore(VmHandle):
             mmu_write_lock(self.vm)
             tlb_records(self.vm.vcpus[vcpu_id], <uint64_t *>address, n)
             mmu_write_unlock(self.vm)
+        self.check_still(claims, "a list of what is cached")
         return out
 
     # -- counters

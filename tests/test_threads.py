@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +154,43 @@ def test_vcpus_enter_and_leave_smm_while_slots_of_both_address_spaces_change(cro
             slots.delete(slot)
 
     beside(crowd, guest, host)
+
+
+def test_what_is_looked_at_beside_running_vcpus_is_whole_or_refused(crowd: Crowd) -> None:
+    crowd.vcpus[0].use_tlb(km.Tlb())
+    gvas = (GVA + np.arange(PAGES) * 4096).astype(np.uint64)
+    rng = np.random.default_rng(1)
+    done = threading.Event()
+    taken: list[Any] = []
+    refused: list[str] = []
+
+    def guest(vcpu: km.VCpu) -> None:
+        while not done.is_set():
+            vcpu.access_many(gvas, np.zeros(PAGES, np.uint8))
+            vcpu.invlpg(GVA + int(rng.integers(PAGES)) * 4096)
+
+    def look() -> None:
+        for at in (crowd.vm.check, crowd.vcpus[0].tlb_entries):
+            try:
+                taken.append(at())
+            except VmBusyError as error:
+                refused.append(str(error))
+
+    def host() -> None:
+        try:
+            # Idle when it began, no more when it was done: some of many.
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not any("meanwhile" in why for why in refused):
+                look()
+        finally:
+            done.set()
+
+    together(host, *(lambda vcpu=vcpu: guest(vcpu) for vcpu in crowd.vcpus))
+    assert any("meanwhile" in why for why in refused)
+    look()
+    for entries in taken:
+        assert entries is None or set(entries["page_shift"].tolist()) <= {0, 12, 21, 30}
+    assert taken
 
 
 def test_each_vcpu_reads_back_what_it_stored_while_others_fault(crowd: Crowd) -> None:
