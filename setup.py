@@ -34,5 +34,5 @@ setup(
             "embedsignature.format": "python",
             "freethreading_compatible": True,
         },
-    )
+    ),
 )

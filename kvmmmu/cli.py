@@ -187,9 +187,7 @@ def replay(
 
 @main.command()
 @click.option("--mmu", "mmus", multiple=True, type=click.Choice(MMUS), help="Default: all three.")
-@click.option(
-    "--mmio-scheme", "schemes", multiple=True, type=click.Choice(SCHEMES), help="Default: all but unguarded."
-)
+@click.option("--mmio-scheme", "schemes", multiple=True, type=click.Choice(SCHEMES), help="Default: all but unguarded.")
 @click.option(
     "--behaviour", "profiles", multiple=True, help="A profile: 6.1 (default), 3.1, seed; with its own MMIO scheme."
 )

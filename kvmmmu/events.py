@@ -348,9 +348,7 @@ class _Renderer:
     def kvm_age_page(self, _vcpu: int, hva: int, gfn: int, young: int, *_: int) -> str:
         return f"{self.hva_name(hva)} gfn {gfn:x} {'YOUNG' if young else 'OLD'}"
 
-    def kvm_exit(
-        self, _vcpu: int, isa: int, reason: int, rip: int, info1: int, info2: int, intr: int, err: int
-    ) -> str:
+    def kvm_exit(self, _vcpu: int, isa: int, reason: int, rip: int, info1: int, info2: int, intr: int, err: int) -> str:
         name = _EXITS[isa == _ISA_VMX].get(reason, f"{reason:#x}")
         event = f" intr {intr | _INTR_VALID:x} err {err:x}" if intr else ""
         return f"{name} rip {rip:x} info1 {info1:x} info2 {info2:x}{event}"

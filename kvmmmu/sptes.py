@@ -145,9 +145,7 @@ class SpteFormat:
             raise ArgumentError(f"mmu: {mmu!r} is none of {', '.join(_MMUS)}")
         self.mmu: Mmu = mmu
         self.maxphyaddr = index_in("maxphyaddr", maxphyaddr, 32, 52)
-        self.phys_bits = (
-            self.maxphyaddr if phys_bits is None else index_in("phys_bits", phys_bits, 32, self.maxphyaddr)
-        )
+        self.phys_bits = self.maxphyaddr if phys_bits is None else index_in("phys_bits", phys_bits, 32, self.maxphyaddr)
         self.cache_bits = self.phys_bits if cache_bits is None else index_in("cache_bits", cache_bits, 32, 52)
         self.l1tf = bool(l1tf)
         self.c_bit = None if c_bit is None else index_in("c_bit", c_bit, 32, 51)

@@ -195,9 +195,7 @@ class VM:
         self._vcpus.append(ref(vcpu))
         return vcpu
 
-    def page_tables(
-        self, vcpu: VCpu | None = None, *, all: bool = False, previous: int | None = None
-    ) -> PageTables:
+    def page_tables(self, vcpu: VCpu | None = None, *, all: bool = False, previous: int | None = None) -> PageTables:
         """Copy the tables KVM built for a vCPU.
 
         Parameters

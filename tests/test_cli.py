@@ -319,6 +319,7 @@ def test_walk_refuses_what_is_no_dump(tmp_path: Path) -> None:
     assert "absent.npz" in one_line(run("walk", str(tmp_path / "absent.npz"), "0"))
     assert run("walk", str(tmp_path / "x.npz"), "word").exit_code == 2
 
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -24,9 +24,7 @@ def main() -> None:
         library = [f"-L{value('LIBPL')}", "-Wl,--export-dynamic", *library]
     system = shlex.split(f"{value('LIBS') or ''} {value('SYSLIBS') or ''}")
     sources = [str(HERE / "main.c"), str(HERE / "engine.c")]
-    subprocess.run(
-        [*compiler, "-O2", *warnings, *includes, *sources, "-o", output, *library, *system], check=True
-    )
+    subprocess.run([*compiler, "-O2", *warnings, *includes, *sources, "-o", output, *library, *system], check=True)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,4 @@ def compare(
     if not reports[0][0].events:
         raise FormatError(f"{trace.path}: kind: no records, so nothing to compare designs on")
     samples = {str(number): [report.cpu_seconds for report in reports[number]] for number in numbers}
-    return [
-        Row(design, reports[number][0], ratios(samples, str(number), "0")) for number, design in enumerate(designs)
-    ]
+    return [Row(design, reports[number][0], ratios(samples, str(number), "0")) for number, design in enumerate(designs)]

@@ -169,9 +169,7 @@ class _PaeRoots:
             if chunk.kind[at] == Kind.STATE:
                 cr0, cr4 = int(chunk.b[at]) & 0xFFFFFFFF, int(chunk.b[at]) >> 32
                 efer = int(chunk.c[at]) & 0xFFFFFFFF
-                self.pae = bool(
-                    cr0 & TABLE["CR0_PG"] and cr4 & TABLE["CR4_PAE"] and not efer & TABLE["EFER_LMA"]
-                )
+                self.pae = bool(cr0 & TABLE["CR0_PG"] and cr4 & TABLE["CR4_PAE"] and not efer & TABLE["EFER_LMA"])
                 if cr3 == self.cr3:
                     continue
             elif chunk.b[at] in (0, 4):
@@ -186,9 +184,7 @@ class _PaeRoots:
         yield chunk.part(first, len(chunk)), root
 
 
-def _machine(
-    mmu: Mmu, mmio_scheme: MmioScheme | None, behaviour: str | Behaviour, tlb: Tlb | None
-) -> tuple[VM, VCpu]:
+def _machine(mmu: Mmu, mmio_scheme: MmioScheme | None, behaviour: str | Behaviour, tlb: Tlb | None) -> tuple[VM, VCpu]:
     """A VM with one vCPU that looks like the recorded one (40 address bits)."""
     vm = VM(mmu, host=HostCpu(maxphyaddr=46), behaviour=behaviour, mmio_scheme=mmio_scheme)
     return vm, vm.create_vcpu(GuestCpu(maxphyaddr=40), tlb=tlb)
@@ -303,9 +299,7 @@ def replay(
         mmio={name: int(stats[key]) for name, key in _MMIO_SERVED.items()},
         faults={name: int(value) for name, value in stats.items() if name.startswith("pf_")},
         counters={
-            name: int(value)
-            for name, value in stats.items()
-            if not name.startswith("pf_") and name not in TLB_COUNTERS
+            name: int(value) for name, value in stats.items() if not name.startswith("pf_") and name not in TLB_COUNTERS
         },
         seconds=seconds,
         cpu_seconds=cpu_seconds,
@@ -339,8 +333,7 @@ def _compare_tables(trace: Trace, memory: Memory, roots: set[int]) -> tuple[int,
         if where is None and len(wrong):
             at = int(wrong[0])
             where = (
-                f"final page table at gpa {gpa:#x}, entry {at}: "
-                f"expected {int(expected[at]):#x}, got {int(got[at]):#x}"
+                f"final page table at gpa {gpa:#x}, entry {at}: expected {int(expected[at]):#x}, got {int(got[at]):#x}"
             )
     return 512 * len(trace.page_gpa), different, where
 

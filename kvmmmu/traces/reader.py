@@ -305,9 +305,7 @@ def _meta(file: ColumnFile) -> Mapping[str, Any]:
     column = file.column("meta")
     column.close()
     if column.dtype.kind != "U" or column.shape != ():
-        raise FormatError(
-            f"{file.path}: meta: {column.dtype} of shape {column.shape}, expected JSON text of shape ()"
-        )
+        raise FormatError(f"{file.path}: meta: {column.dtype} of shape {column.shape}, expected JSON text of shape ()")
     try:
         meta = json.loads(str(file.whole("meta")[()]))
     except FormatError:

@@ -75,9 +75,7 @@ def test_an_encrypting_host_adds_its_c_bit_to_mappings_and_changes_nothing_else(
     host = replace(plain.host, maxphyaddr=48, phys_bits=43, c_bit=(bit := 47 if mode == "long" else 36))
     for seed, wide in SEEDS:
         wanted = script(seed, mode, wide)
-        machines = [
-            Machine(replace(plain, host=replace(host, sme=sme)), wanted, events=False) for sme in (False, True)
-        ]
+        machines = [Machine(replace(plain, host=replace(host, sme=sme)), wanted, events=False) for sme in (False, True)]
         for index in range(len(wanted.ops)):
             left, right = (machine.run(index)[0] for machine in machines)
             assert left == right

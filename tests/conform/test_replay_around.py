@@ -158,5 +158,3 @@ def test_a_memory_that_no_machine_has_is_refused(make_trace: MakeTrace) -> None:
 
     with pytest.raises(FormatError, match="memory map"):
         Memory(open_trace(trace.path, memory_map=huge))
-
-
