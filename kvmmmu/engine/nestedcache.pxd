@@ -17,7 +17,7 @@ from kvmmmu.engine.pdecache cimport (
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_last, window_host
 from kvmmmu.engine.rows cimport Batch
 from kvmmmu.engine.state cimport MemMap
-from kvmmmu.engine.walk cimport kvmmmu_ld_u64, walk_second_access
+from kvmmmu.engine.walk cimport entry_ld_u64, walk_second_access
 
 cdef enum:
     TABLE_SLOTS = 64
@@ -91,7 +91,7 @@ cdef inline bint nested_pdpte(int host_fmt, Nested *n, uint64_t va, uint64_t *ta
     if host == NULL:
         return False
     # It has neither rights nor A: nothing of it is left in what is remembered below.
-    entry = kvmmmu_ld_u64(<const uint64_t *>host)
+    entry = entry_ld_u64(<const uint64_t *>host)
     table[0] = entry & p.addr_mask
     return entry & PT_PRESENT_MASK != 0 and not rsvd_fault(p, LEVEL_1G, entry)
 

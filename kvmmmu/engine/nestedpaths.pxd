@@ -17,7 +17,7 @@ from kvmmmu.engine.quick cimport (
 )
 from kvmmmu.engine.single cimport single_walk
 from kvmmmu.engine.state cimport MemMap, NESTED_ENTRIES, NESTED_PATHS, NestedPath, NestedPaths
-from kvmmmu.engine.walk cimport kvmmmu_ld_u64, walk_second_access
+from kvmmmu.engine.walk cimport entry_ld_u64, walk_second_access
 
 cdef enum:
     NESTED_SHIFT = 21
@@ -42,7 +42,7 @@ cdef inline bint nested_path_note(NestedPath *path, const uint8_t *host, uint64_
     """Remember an entry that was read; once where it was met before."""
     # Whole words: the other half of one may change too, and then nothing is known.
     cdef const uint64_t *at = <const uint64_t *>(<uint64_t>host & ~<uint64_t>7)
-    cdef uint64_t word = kvmmmu_ld_u64(at)
+    cdef uint64_t word = entry_ld_u64(at)
     cdef uint64_t now = word >> ((<uint64_t>host & 7) << 3)
     cdef int i
     if width == 4:
@@ -144,7 +144,7 @@ cdef inline bint nested_path_holds(const NestedPaths *paths, const NestedPath *p
     if path.key != key or path.formats != paths.formats or path.serial != m.serial or path.root != root:
         return False
     for i in range(path.n):
-        if kvmmmu_ld_u64(path.at[i]) != path.word[i]:
+        if entry_ld_u64(path.at[i]) != path.word[i]:
             return False
     return True
 

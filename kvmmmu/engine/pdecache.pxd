@@ -14,7 +14,7 @@ from kvmmmu.bits.spte cimport bits_between
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_entry, quick_last, window_host
 from kvmmmu.engine.state cimport MemMap
 from kvmmmu.engine.translate cimport row_end
-from kvmmmu.engine.walk cimport kvmmmu_ld_u32, kvmmmu_ld_u64
+from kvmmmu.engine.walk cimport entry_ld_u32, entry_ld_u64
 
 cdef extern from "kvmmmu/batch.h" nogil:
     const uint64_t KVMMMU_PDE_LARGE
@@ -194,5 +194,5 @@ cdef inline uint64_t leaf_place(int fmt, uint64_t table, uint64_t va) noexcept n
 cdef inline uint64_t leaf_load(int fmt, uint64_t place, uint64_t va) noexcept nogil:
     cdef const uint8_t *host = <const uint8_t *>(place & ~<uint64_t>TABLE_RIGHTS)
     if fmt == FMT_32:
-        return kvmmmu_ld_u32(<const uint32_t *>(host + ((va >> 10) & 4)))
-    return kvmmmu_ld_u64(<const uint64_t *>host)
+        return entry_ld_u32(<const uint32_t *>(host + ((va >> 10) & 4)))
+    return entry_ld_u64(<const uint64_t *>host)

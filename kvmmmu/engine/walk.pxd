@@ -15,8 +15,9 @@ from kvmmmu.engine.memory cimport memmap_find, memmap_host
 from kvmmmu.engine.state cimport MemMap
 
 cdef extern from "kvmmmu/atomics.h" nogil:
-    uint64_t kvmmmu_ld_u64(const uint64_t *p)
-    uint32_t kvmmmu_ld_u32(const uint32_t *p)
+    # What a link leads to, KVM's own record of that table included, was written before the link was.
+    uint64_t entry_ld_u64 "kvmmmu_ld_acquire_u64"(const uint64_t *p)
+    uint32_t entry_ld_u32 "kvmmmu_ld_acquire_u32"(const uint32_t *p)
     int kvmmmu_cmpxchg_u64(uint64_t *p, uint64_t old, uint64_t new_)
     int kvmmmu_cmpxchg_u32(uint32_t *p, uint32_t old, uint32_t new_)
 
@@ -27,8 +28,8 @@ cdef inline uint64_t walk_fetch(int fmt, const MemMap *m, uint64_t gpa, int *hin
     if host == NULL:
         return 0
     if fmt == FMT_32:
-        return kvmmmu_ld_u32(<const uint32_t *>host)
-    return kvmmmu_ld_u64(<const uint64_t *>host)
+        return entry_ld_u32(<const uint32_t *>host)
+    return entry_ld_u64(<const uint64_t *>host)
 
 
 cdef inline bint walk_update(int fmt, const MemMap *m, uint64_t gpa, int *hint, uint64_t old,
@@ -62,9 +63,9 @@ cdef inline int walk_loop(int fmt, const Paging *p, const MemMap *m, int *hint, 
                 base = m.host[i]
         if npages:
             if fmt == FMT_32:
-                entry = kvmmmu_ld_u32(<const uint32_t *>(base + (w.entry_gpa - (first << 12))))
+                entry = entry_ld_u32(<const uint32_t *>(base + (w.entry_gpa - (first << 12))))
             else:
-                entry = kvmmmu_ld_u64(<const uint64_t *>(base + (w.entry_gpa - (first << 12))))
+                entry = entry_ld_u64(<const uint64_t *>(base + (w.entry_gpa - (first << 12))))
         r = walk_step(fmt, p, w, entry)
     return r
 
