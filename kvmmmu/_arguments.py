@@ -51,20 +51,21 @@ def bytes_of(name: str, value: bytes | bytearray | memoryview) -> bytes:
 
 
 def column_u64(name: str, values: Words) -> npt.NDArray[np.uint64]:
-    """Return ``values`` as uint64 with its shape kept; nothing is rounded or wrapped on the way."""
+    """Return ``values`` as uint64, aligned and in C order, its shape kept; nothing is rounded or wrapped on the way.
+
+    Raises TypeError for what is no integer, OverflowError outside 0…2^64−1, ArgumentError where it is no array.
+    """
     try:
         array: npt.NDArray[Any] = np.asarray(values)
     except ValueError as why:
         raise ArgumentError(f"{name}: no array of integers ({why})") from None
-    if array.dtype.kind == "u":
-        return array.astype(np.uint64, copy=False)
     if array.dtype.kind == "i":
         if array.size and int(array.min()) < 0:
             raise OverflowError(f"{name} = {int(array.min())} is outside 0 ... 2^64-1")
-        return array.astype(np.uint64)
-    if array.dtype.kind == "O":
-        flat = [index_u64(name, value) for value in array.ravel()]
-        return np.array(flat, dtype=np.uint64).reshape(array.shape)
-    if array.size == 0:
-        return np.empty(array.shape, np.uint64)
-    raise ArgumentError(f"{name}: dtype {array.dtype} is not an integer dtype")
+    elif array.dtype.kind == "b":
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    elif array.dtype.kind != "u":
+        # NumPy makes floats of a list with integers on both sides of 2^63: look at what was given.
+        flat = [index_u64(name, value) for value in np.asarray(values, object).flat]
+        array = np.array(flat, np.uint64).reshape(array.shape)
+    return np.require(array, np.uint64, "CA")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmmmu import _core
-from kvmmmu._arguments import index_of
+from kvmmmu._arguments import column_u64, index_of
 from kvmmmu.cpu import GuestCpu, HostCpu
 from kvmmmu.errors import ArgumentError
 from kvmmmu.explain import explain_walk
@@ -99,25 +98,6 @@ def _areas(memory: Memory) -> list[tuple[int, Any]]:
         if not isinstance(area, tuple) or len(area) != 2:
             raise ArgumentError(f"memory holds {area!r}; expected (gpa, buffer) pairs")
     return areas
-
-
-def _addresses(gvas: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    array = np.asarray(gvas)
-    if array.dtype == np.uint64:
-        return np.asarray(array, order="C")
-    if array.size == 0:
-        return np.zeros(array.shape, np.uint64)
-    if array.dtype.kind not in "iu":
-        # NumPy turns a list of small and large integers into floats: look at what was given.
-        array = np.asarray(gvas, dtype=object)
-        try:
-            array = np.array([operator.index(gva) for gva in array.flat], object).reshape(array.shape)
-        except TypeError as e:
-            raise TypeError(f"gvas must be integers: {e}") from None
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 0xFFFF_FFFF_FFFF_FFFF:
-        raise OverflowError(f"gvas has values from {low} to {high}; allowed are 0 .. 2**64 - 1")
-    return np.asarray(array, np.uint64, order="C")
 
 
 class Paging(_core.PagingCore):
@@ -223,9 +203,9 @@ class Paging(_core.PagingCore):
         TypeError, OverflowError
             Addresses that are no integers, or outside 0 .. 2**64 - 1.
         ArgumentError
-            Unknown access or privilege level.
+            No array at all, unknown access or privilege level.
         """
-        addresses = _addresses(gvas)
+        addresses = column_u64("gvas", gvas)
         out = np.empty(addresses.shape, TRANSLATION)
         self.translate_into(addresses, out, access, cpl, ac, implicit, set_ad)
         return out

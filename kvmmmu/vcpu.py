@@ -277,8 +277,9 @@ class VCpu(RecordedRuns, TranslationCaches):
 
         Parameters
         ----------
-        gvas : array of uint64, shape (n,)
-        kinds : {"r", "w", "x"} or array of uint8, shape (n,)
+        gvas : array_like of uint64
+            Guest virtual addresses, any shape.
+        kinds : {"r", "w", "x"} or array_like of uint8, of the same shape
             One kind for all, or a code each: 0 read, 1 write, 2 fetch.
         cpl : int, optional
             The vCPU's own by default.
@@ -287,29 +288,37 @@ class VCpu(RecordedRuns, TranslationCaches):
 
         Returns
         -------
-        structured array, shape (n,)
-            Fields of ``kvmmmu.records.ACCESS``: gpa (all ones where there is none), error_code, fault_gva, mmio_gpa,
-            mmio_size, mmio_offset, n_mmio, outcome, path, exits.
+        structured array
+            Same shape; fields of ``kvmmmu.records.ACCESS``: gpa (all ones where there is none), error_code,
+            fault_gva, mmio_gpa, mmio_size, mmio_offset, n_mmio, outcome, path, exits.
+
+        Raises
+        ------
+        TypeError, OverflowError
+            Addresses that are no integers, or outside 0 .. 2**64 - 1.
+        ArgumentError
+            No array at all, another code or shape of ``kinds``, a bad ``size`` or ``cpl``.
 
         Notes
         -----
-        Nothing is moved; the GIL is released.
+        Nothing is moved; the GIL is released.  Without a TLB pages may be remembered from one row to the next for as
+        long as the vCPU stays in the guest, as a processor may: who takes a translation away must flush.
         """
-        addresses = np.ascontiguousarray(column_u64("gvas", gvas))
+        addresses = column_u64("gvas", gvas)
         if isinstance(kinds, str):
             if kinds not in _KIND_CODES:
                 raise ArgumentError(f"kinds is {kinds!r}; allowed are 'r', 'w', 'x' or an array of codes 0, 1, 2")
             codes = np.full(addresses.shape, _KIND_CODES[kinds], np.uint8)
         else:
             given = np.asarray(kinds)
-            if given.dtype.kind not in "iu" or given.shape != addresses.shape:
+            if (given.dtype.kind not in "iu" and given.size) or given.shape != addresses.shape:
                 raise ArgumentError(
                     f"kinds has dtype {given.dtype} and shape {given.shape}; wanted are integers of shape "
                     f"{addresses.shape}"
                 )
             if given.size and (int(given.min()) < 0 or int(given.max()) > 2):
                 raise ArgumentError(f"kinds has values {given.min()} .. {given.max()}; allowed are 0, 1 and 2")
-            codes = np.ascontiguousarray(given, np.uint8)
+            codes = np.require(given, np.uint8, "C")
         out = np.empty(addresses.shape, ACCESS)
         self.access_into(addresses, codes, out, self._cpl(cpl), index_in("size", size, 1, 64))
         return out

@@ -173,7 +173,8 @@ class VM:
         cpu : GuestCpu, optional
             What its CPUID says.  Under shadow paging KVM offers no protection keys: ``vcpu.cpu.pku`` is False there.
         tlb : Tlb, optional
-            The processor's caches of translations; by default it caches nothing and reads the tables at each access.
+            The processor's caches of translations; by default it caches nothing and reads the tables at each access
+            (``access_many`` remembers them while the vCPU stays in the guest).
 
         Raises
         ------
@@ -329,7 +330,7 @@ class VM:
         found = self.memslots.get(number)
         pages = 0 if found is None else found.size >> 12
         count = max(pages - first_page, 0) if npages is None else npages
-        bits = np.ascontiguousarray(column_u64("bitmap", bitmap))
+        bits = column_u64("bitmap", bitmap)
         self._dirty_error(self._core.dirty_clear(number, first_page, count, bits), number)
 
     @staticmethod

@@ -8,6 +8,7 @@ import pytest
 import kvmmmu as km
 from kvmmmu.errors import ArgumentError
 from kvmmmu.events import render
+from kvmmmu.sptes import SpteFormat
 from kvmmmu.traces import Kind
 
 RAM = 1 << 20
@@ -90,6 +91,43 @@ WHOLE_FLOATS = {
     "vector": lambda vm, vcpu: vcpu.inject(14.0),
     "ncr3": lambda vm, vcpu: vcpu.enter_guest_mode(0.0),
 }
+
+
+HALVES = [0x1000, 0xFFFF_8000_0000_1000]
+COLUMNS = {
+    "a list on both sides of 2^63": HALVES,
+    "a tuple": tuple(HALVES),
+    "objects": np.array(HALVES, object),
+    "at an odd address": np.frombuffer(b"xxxx" + np.array(HALVES, np.uint64).tobytes(), np.uint64, offset=4),
+    "a field of a record": np.array([(1, gva) for gva in HALVES], [("size", "u4"), ("gva", "u8")])["gva"],
+    "big-endian": np.array(HALVES, ">u8"),
+    "every second": np.repeat(np.array(HALVES, np.uint64), 2)[::2],
+    "two dimensions": np.array([HALVES], np.uint64),
+    "one": np.uint64(HALVES[1]),
+    "one field of one record": np.zeros(1, [("size", "u4"), ("gva", "u8")])["gva"],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_of_addresses_may_be_whatever_numpy_makes_integers_of(machine, name: str):
+    _, vcpu, ram = machine
+    gvas = COLUMNS[name]
+    wanted = np.array(gvas, dtype=object)
+    rows = vcpu.access_many(gvas, np.zeros(wanted.shape, np.uint8).tolist())
+    translated = km.Paging(0x8000_0001, 0, 0x20, 0x500, memory=ram).translate(gvas)
+    assert rows.shape == translated.shape == wanted.shape
+    assert translated["gva"].ravel().tolist() == wanted.ravel().tolist()
+    assert np.shape(SpteFormat().is_mmio(gvas)) == wanted.shape
+
+
+@pytest.mark.parametrize("bad", [[1.5], [0.0, 2.0], [True], [[1], [2, 3]], "abc", [object()]])
+def test_a_column_of_something_else_is_refused_by_every_door_alike(machine, bad):
+    _, vcpu, ram = machine
+    paging = km.Paging(0x8000_0001, 0, 0x20, 0x500, memory=ram)
+    for door, name in ((vcpu.access_many, "gvas"), (paging.translate, "gvas"), (SpteFormat().is_mmio, "spte")):
+        with pytest.raises((TypeError, ArgumentError), match=name):
+            door(bad)
 
 
 @pytest.mark.parametrize("name", WHOLE_FLOATS)
