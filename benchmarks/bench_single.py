@@ -27,6 +27,8 @@ CALLS = {
     "access, bound anew": "vcpu.access(gva, 'w', cpl=0)",
     "access, defaults": "access(gva)",
     "access, TLB": "access_tlb(gva, 'w', cpl=0)",
+    "access, EPT": "access_ept(gva, 'w', cpl=0)",
+    "access, NPT": "access_npt(gva, 'w', cpl=0)",
 }
 
 
@@ -36,21 +38,25 @@ def names() -> dict[str, object]:
     memory = refs.aligned(RAM)
     refs.map_pages(memory.view(np.uint64), ROOT, 0x2000, [(page, 0x400000 + page) for page in range(0, 64 << 12, 4096)])
     paging = km.Paging(**refs.LONG_MODE, cr3=ROOT, cpu=km.GuestCpu(maxphyaddr=46), memory=memory)
-    vm = km.VM("shadow")
-    vm.memslots.create(gpa=0, memory=memory)
-    vcpu, cached = vm.create_vcpu(), vm.create_vcpu(tlb=km.Tlb())
-    for each in (vcpu, cached):
+    vms = [km.VM(mmu) for mmu in ("shadow", "ept", "npt")]
+    for vm in vms:
+        vm.memslots.create(gpa=0, memory=memory)
+    vcpu, ept, npt = (vm.create_vcpu() for vm in vms)
+    cached = vms[0].create_vcpu(tlb=km.Tlb())
+    assert paging.walk(GVA) == paging.translate_one(GVA).gpa == GPA
+    for each in (vcpu, cached, ept, npt):
         each.set_sregs(**refs.LONG_MODE, cr3=ROOT)
         each.access(GVA, "w", cpl=0)
-    assert paging.walk(GVA) == paging.translate_one(GVA).gpa == GPA
-    again = vcpu.access(GVA, "w", cpl=0)
-    assert (again.ok, again.exits, again.gpa) == (True, 0, GPA)
+        again = each.access(GVA, "w", cpl=0)
+        assert (again.ok, again.exits, again.gpa) == (True, 0, GPA)
     bound = {
         "walk": paging.walk,
         "walk_for": paging.walk_for,
         "translate_one": paging.translate_one,
         "access": vcpu.access,
         "access_tlb": cached.access,
+        "access_ept": ept.access,
+        "access_npt": npt.access,
     }
     return {"paging": paging, "vcpu": vcpu, "gva": GVA, "text": "walk", **bound}
 

@@ -457,6 +457,8 @@ def bench(
     from kvmmmu.analysis import bench_table, suite
 
     old = None if compare is None else suite.load(compare)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise click.BadParameter(f"{output.parent} is no directory", param_hint="--output")
     if figure is not None:
         from kvmmmu.analysis import figure as files
 
@@ -472,14 +474,14 @@ def bench(
         report["changes"] = suite.changes(old, report)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
-    if figure is not None:
-        from kvmmmu.analysis.bench_figure import draw
-
-        draw(report, figure)
     if as_json:
         _print_json(report)
     else:
         _print_parts(bench_table.parts(report))
+    if figure is not None:
+        from kvmmmu.analysis.bench_figure import draw
+
+        draw(report, figure)
     ctx.exit(DISAGREED if report["failed"] else AGREED)
 
 

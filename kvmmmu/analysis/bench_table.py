@@ -72,6 +72,8 @@ def _changes(changes: dict[str, Any]) -> Iterator[Table | str]:
         ratios = (_number(row["old"]), _number(row["new"]))
         table.add_row(row["name"], row["peer"], *ratios, f"{row['change']:+.1%}", remark)
     yield table
+    for name, (old, new) in changes["circumstances"].items():
+        yield f"not the same circumstances: {name} was {old}, now {new}"
     for name in changes["references"]:
         yield f"the yardstick {name} is not the one it was: ratios against it cannot be compared"
     for goal in changes["goals"]:

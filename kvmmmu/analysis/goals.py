@@ -18,6 +18,7 @@ __all__ = ["GOALS", "Goal", "judge"]
 RATE = "rate"
 AVX512 = "avx512f"
 ONE_BY_ONE = "bench_one_by_one"
+LEN = "len"
 PAGE_MISSES = "bench_at_once[new page]|bench_at_once[random]"
 
 
@@ -67,15 +68,18 @@ GOALS: tuple[Goal, ...] = (
     Goal("batch of 8,192, random, tables in DRAM, against NumPy", "bench_at_once_dram", "numpy", least=2),
     Goal("batch, page-miss shapes, against Unicorn's loads", PAGE_MISSES, "unicorn", least=15),
     Goal("batch in two dimensions, warm, against C", "bench_nested[*]", "c", least=4),
-    Goal("access_many on RAM hits, rate over translate's", "bench_ram_hits[*-no TLB]", "translate", least=0.5),
+    Goal("access_many on RAM hits, no TLB, rate over translate's", "bench_ram_hits[*-no TLB]", "translate", least=0.5),
     Goal("single call against bochscpu", ONE_BY_ONE, "bochscpu", least=4),
     Goal("single call against memprocfs", ONE_BY_ONE, "memprocfs", least=9),
     Goal("single call against pure Python", ONE_BY_ONE, "python", least=35),
     Goal("single call against volatility3", ONE_BY_ONE, "volatility3", least=150),
-    Goal("Paging.walk(gva), int result, in calls of len()", "bench_single[walk]", "len", most=3.3),
-    Goal("Paging.translate_one(gva), result object, in calls of len()", "bench_single[translate_one]", "len", most=2.5),
-    Goal("vcpu.access(gva, 'w', cpl=0), in calls of len()", "bench_single[access]", "len", most=6),
-    Goal("the same with the TLB", "bench_single[access, TLB]", "len", most=6),
+    Goal("walk(gva), bound before, int result, in calls of len()", "bench_single[walk]", LEN, most=3.3),
+    Goal("translate_one(gva), bound before, in calls of len()", "bench_single[translate_one]", LEN, most=2.5),
+    Goal("access(gva, 'w', cpl=0), bound before, shadow, in calls of len()", "bench_single[access]", LEN, most=6),
+    Goal("the same as vcpu.access(gva, 'w', cpl=0)", "bench_single[access, bound anew]", LEN, most=6),
+    Goal("the same, bound before, under EPT", "bench_single[access, EPT]", LEN, most=6),
+    Goal("the same, bound before, under NPT", "bench_single[access, NPT]", LEN, most=6),
+    Goal("the same, bound before, shadow, with the TLB", "bench_single[access, TLB]", LEN, most=6),
     Goal("fault install under EPT, in reference walks", "bench_install[ept]", "walk", most=4),
     Goal("fault install under NPT, in reference walks", "bench_install[npt]", "walk", most=4),
     Goal("fault install under shadow paging, in reference walks", "bench_install[shadow]", "walk", most=6),
@@ -98,7 +102,9 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
-def judge(rows: Iterable[dict[str, Any]], features: Iterable[str]) -> list[dict[str, Any]]:
+def judge(
+    rows: Iterable[dict[str, Any]], features: Iterable[str], skipped: Iterable[dict[str, str]] = ()
+) -> list[dict[str, Any]]:
     """Hold measured rows against the goals.
 
     Parameters
@@ -107,6 +113,8 @@ def judge(rows: Iterable[dict[str, Any]], features: Iterable[str]) -> list[dict[
         As ``suite.run`` returns them.
     features : iterable of str
         Features of this CPU, by Linux' names.
+    skipped : iterable of dict
+        ``name`` and ``why`` of benchmarks that did not run, as ``suite.run`` returns them.
 
     Returns
     -------
@@ -114,11 +122,11 @@ def judge(rows: Iterable[dict[str, Any]], features: Iterable[str]) -> list[dict[
         ``name``, ``ratio`` (None where nothing was measured), ``goal``, ``bound`` ("at least" or "at most"), ``met``
         (None: does not apply here), ``bench`` (the row that decided) and ``why`` (why there is no ratio).
     """
-    measured, present = list(rows), set(features)
-    return [_judge(goal, measured, present) for goal in GOALS]
+    measured, present, missing = list(rows), set(features), list(skipped)
+    return [_judge(goal, measured, present, missing) for goal in GOALS]
 
 
-def _judge(goal: Goal, rows: list[dict[str, Any]], features: set[str]) -> dict[str, Any]:
+def _judge(goal: Goal, rows: list[dict[str, Any]], features: set[str], skipped: list[dict[str, str]]) -> dict[str, Any]:
     bound = goal.least if goal.least is not None else goal.most
     assert bound is not None
     verdict: dict[str, Any] = {
@@ -139,8 +147,9 @@ def _judge(goal: Goal, rows: list[dict[str, Any]], features: set[str]) -> dict[s
     else:
         over = [(row["over"][goal.peer]["median"], row["name"]) for row in found if goal.peer in row["over"]]
     if not over:
-        reasons = [row["absent"][goal.peer] for row in found if goal.peer in row["absent"]]
-        return verdict | {"why": f"{goal.peer} is absent: {reasons[0]}" if reasons else "not measured"}
+        reasons = [f"{goal.peer} is absent: {row['absent'][goal.peer]}" for row in found if goal.peer in row["absent"]]
+        reasons += [f"skipped: {entry['why']}" for entry in skipped if goal.matches(entry["name"])]
+        return verdict | {"why": reasons[0] if reasons else "not measured"}
     ratio, bench = max(over)
     if goal.most is not None:
         return verdict | {"ratio": ratio, "met": ratio <= goal.most, "bench": bench}

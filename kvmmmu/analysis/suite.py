@@ -108,7 +108,7 @@ def run(
     -------
     dict
         ``date``, ``machine``, ``compiler``, ``versions``, ``references`` (SHA-256 of the yardsticks), ``quick``,
-        ``rows``, ``failed`` and ``skipped`` (name of a benchmark and why), ``goals``.
+        ``only``, ``rows``, ``failed`` and ``skipped`` (name of a benchmark and why), ``goals``.
 
     Raises
     ------
@@ -131,8 +131,8 @@ def run(
         if status == 5:  # pytest: no tests collected
             raise ArgumentError(f"no benchmark fits {only!r}")
         raise ArgumentError(f"the suite did not run: {' '.join(output.split())[-400:]}")
-    report |= {"quick": quick, "rows": found, "failed": failed, "skipped": skipped, "goals": judge(found, _cpu()[1])}
-    return report
+    goals = judge(found, _cpu()[1], skipped)
+    return report | {"quick": quick, "only": only, "rows": found, "failed": failed, "skipped": skipped, "goals": goals}
 
 
 def _follow(
@@ -174,8 +174,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read what ``kvmmmu bench`` wrote."""
     try:
         report = json.loads(path.read_text())
-        _ = report["rows"], report["goals"], report["references"]
-    except (ValueError, KeyError, TypeError) as error:
+        changes(report, report)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(f"{path}: not what kvmmmu bench writes: {error!r}") from None
     assert isinstance(report, dict)
     return report
@@ -192,8 +192,9 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     -------
     dict
         ``rows``: for each benchmark and peer in both, ``old`` and ``new`` (own time over the peer's), ``change`` (a
-        fraction, positive is slower) and ``clear`` (the quartiles do not overlap); ``goals`` that changed sides;
-        ``references`` whose text changed; ``gone`` and ``added`` benchmarks.
+        fraction, positive is slower) and ``clear`` (the quartiles do not overlap); ``goals`` that were measured in
+        both and changed sides; ``references`` whose text changed; ``gone`` and ``added`` benchmarks, none where a
+        report is of some benchmarks only; ``circumstances`` under which the two differ, by name.
     """
     before, after = _by_peer(old), _by_peer(new)
     rows = []
@@ -211,10 +212,28 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         )
     met = {goal["name"]: goal["met"] for goal in old["goals"]}
     hashes = old["references"], new["references"]
+    some = _part(old) or _part(new)
+    here, there = _circumstance(old), _circumstance(new)
     return {
         "rows": sorted(rows, key=lambda row: (-abs(row["change"]), row["name"])),
-        "goals": [g for g in new["goals"] if g["name"] in met and met[g["name"]] != g["met"]],
+        # A goal that nothing was measured for is neither met nor missed.
+        "goals": [g for g in new["goals"] if {met.get(g["name"]), g["met"]} == {True, False}],
         "references": sorted(n for n in hashes[0].keys() | hashes[1].keys() if hashes[0].get(n) != hashes[1].get(n)),
-        "gone": sorted({name for name, _ in before.keys() - after.keys()}),
-        "added": sorted({name for name, _ in after.keys() - before.keys()}),
+        "gone": [] if some else sorted({name for name, _ in before.keys() - after.keys()}),
+        "added": [] if some else sorted({name for name, _ in after.keys() - before.keys()}),
+        "circumstances": {name: [here[name], there[name]] for name in here if here[name] != there[name]},
+    }
+
+
+def _part(report: dict[str, Any]) -> bool:
+    return bool(report.get("quick") or report.get("only"))
+
+
+def _circumstance(report: dict[str, Any]) -> dict[str, Any]:
+    """What makes two reports hard to compare where it differs."""
+    return {
+        "quick": report.get("quick"),
+        "cpu": report.get("machine", {}).get("cpu"),
+        "compiler": report.get("compiler"),
+        "python": report.get("versions", {}).get("python"),
     }

@@ -19,9 +19,9 @@ def row(name: str, absent: dict[str, str] | None = None, **over: float) -> dict[
     return {"group": "g", "name": name, **own, "over": quartiles, "absent": absent or {}}
 
 
-def report(*rows: dict[str, Any], met: bool = True, reference: str = "1") -> dict[str, Any]:
+def report(*rows: dict[str, Any], met: bool | None = True, reference: str = "1", **more: Any) -> dict[str, Any]:
     verdict = {"name": "goal", "ratio": 1.0, "goal": 2.0, "bound": "at most", "met": met, "bench": "b", "why": None}
-    return {"rows": list(rows), "goals": [verdict], "references": {"ref_walk.c": reference}}
+    return {"rows": list(rows), "goals": [verdict], "references": {"ref_walk.c": reference}, **more}
 
 
 @pytest.fixture
@@ -43,6 +43,8 @@ def test_a_goal_without_a_measurement_is_neither_met_nor_missed_and_says_why() -
     fast, lean = judge([row("bench_a[x]", {"c": "no compiler"}), row("bench_b", len=1.0)], [])
     assert (fast["ratio"], fast["met"], fast["why"]) == (None, None, "c is absent: no compiler")
     assert (lean["met"], lean["why"]) == (None, "not measured")
+    skipped = [{"name": "bench_a[x]", "why": "needs a checkout"}]
+    assert [verdict["why"] for verdict in judge([], [], skipped)] == ["skipped: needs a checkout"] * 2
 
 
 def test_a_goal_for_a_feature_that_the_cpu_lacks_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +82,48 @@ def test_a_changed_yardstick_and_a_lost_goal_are_reported() -> None:
     assert (found["gone"], found["added"]) == (["a"], ["z"])
 
 
-def test_what_bench_did_not_write_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "after"), [(True, None), (None, False), (None, True), (False, None), (True, True)])
+def test_a_goal_that_was_not_measured_in_both_reports_has_not_changed_sides(
+    before: bool | None, after: bool | None
+) -> None:
+    assert suite.changes(report(met=before), report(met=after))["goals"] == []
+
+
+@pytest.mark.parametrize("part", [{"only": "bench_a"}, {"quick": True}])
+def test_what_a_report_of_some_benchmarks_lacks_is_not_gone(part: dict[str, Any]) -> None:
+    whole, some = report(row("a", c=1.0), row("b", c=1.0)), report(row("a", c=1.0), **part)
+    for pair in ((whole, some), (some, whole)):
+        found = suite.changes(*pair)
+        assert (found["gone"], found["added"]) == ([], [])
+    assert suite.changes(whole, report(row("a", c=1.0)))["gone"] == ["b"]
+
+
+def test_circumstances_that_differ_are_named() -> None:
+    pair = [report(machine={"cpu": cpu}, compiler="gcc", quick=quick) for cpu, quick in (("A", False), ("B", True))]
+    assert suite.changes(*pair)["circumstances"] == {"cpu": ["A", "B"], "quick": [False, True]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"rows": []}',
+        "[]",
+        "{",
+        '{"rows": 1, "goals": [], "references": {}}',
+        '{"rows": [{}], "goals": [], "references": {}}',
+    ],
+)
+def test_what_bench_did_not_write_is_refused(tmp_path: Path, text: str) -> None:
     other = tmp_path / "other.json"
-    other.write_text('{"rows": []}')
+    other.write_text(text)
     with pytest.raises(ArgumentError, match=r"other\.json: not what kvmmmu bench writes"):
         suite.load(other)
     assert CliRunner().invoke(main, ["bench", "--compare", str(other)]).exit_code == 2
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["bench", "--output", str(tmp_path / "none" / "x.json")])
+    assert (result.exit_code, "is no directory" in result.stderr) == (2, True)
 
 
 def test_bench_runs_a_row_writes_it_and_compares_it(tmp_path: Path) -> None:
