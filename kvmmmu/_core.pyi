@@ -364,7 +364,7 @@ class VcpuCore(VcpuHandle):
     def access_into(
         self,
         gvas: npt.NDArray[np.uint64],
-        kinds: npt.NDArray[np.uint8] | None,
+        kinds: npt.NDArray[np.uint8],
         out: npt.NDArray[np.void],
         cpl: int,
         size: int,

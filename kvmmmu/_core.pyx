@@ -417,7 +417,7 @@ cdef class TranslationRow:
     page_shift : int
         log2 of the page size, 0 on a fault.
     rights : Rights
-        What the entries permit together.
+        What the entries permit together; in KVM's dialect no write where D is clear, as KVM maps it.
     """
 
     cdef Translation t
@@ -1963,7 +1963,7 @@ cdef class VcpuCore(VcpuHandle):
         ev_inj_exception(self.owner.vm, self.vcpu.id, vector, has_error, as_word(error_code, "error_code"), False)
 
     def access_into(self, gvas, kinds, out, int cpl, int size):
-        """A column of accesses, in order, into a column of records; ``kinds`` is a column or None for reads."""
+        """A column of accesses, in order, into a column of records; ``kinds``: 0 read, 1 write, 2 fetch."""
         cdef WalkColumn src = WalkColumn.of(gvas, "gvas", 8, -1, False)
         cdef int64_t n = src.view.len // 8
         cdef WalkColumn codes = WalkColumn.of(kinds, "kinds", 1, n, False)
