@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvmmmu.conform.replay import MMUS, check, replay
+from kvmmmu.tlb import Tlb
 from kvmmmu.traces import Kind, bundled_trace, open_trace
 from kvmmmu.traces.reader import MEM_CROSSES, MEM_STORE
 from kvmmmu.vm import VM
@@ -41,6 +42,14 @@ def test_the_raw_sample_agrees_in_every_mode_and_leaves_no_access_out() -> None:
     report = check(bundled_trace(raw=True))
     assert report.ok, "\n".join(report.disagreements)
     assert report.total == len(MMUS) * 200_000
+
+
+@pytest.mark.parametrize("mmu", MMUS)
+@pytest.mark.parametrize("path", [*SLICES, bundled_trace(raw=True)], ids=lambda path: path.stem)
+def test_with_a_tlb_every_answer_is_the_recorded_one_too(path: Path, mmu: str) -> None:
+    report = replay(open_trace(path), mmu=mmu, tlb=Tlb())  # type: ignore[arg-type]
+    assert report.ok, report.first
+    assert report.tlb["tlb_hit"] > 0
 
 
 @pytest.mark.parametrize("mmu", MMUS)
