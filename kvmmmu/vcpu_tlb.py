@@ -13,6 +13,7 @@ from kvmmmu.errors import ArgumentError, GuestFaultError
 from kvmmmu.tlb import Tlb, entries_of
 
 if TYPE_CHECKING:
+    from kvmmmu.cpu import GuestCpu
     from kvmmmu.vm import VM
 
 __all__ = ["TranslationCaches"]
@@ -22,6 +23,7 @@ class TranslationCaches(VcpuCore):
     """What ``VCpu`` has of them: what is cached, and the instructions that flush by more than one address."""
 
     vm: VM
+    cpu: GuestCpu
     tlb: Tlb | None
 
     def use_tlb(self, tlb: Tlb) -> None:
@@ -98,6 +100,10 @@ class TranslationCaches(VcpuCore):
         Raises
         ------
         ArgumentError
-            A kind above 3.
+            A kind above 3, or one address that is not canonical: the instruction fails (SDM vol. 3C, INVVPID).
         """
-        self.tlb_instruction(1, index_in("kind", kind, 0, 3), 0, index_u64("gva", gva))
+        what, address = index_in("kind", kind, 0, 3), index_u64("gva", gva)
+        width = 57 if self.cpu.la57 else 48
+        if what == 0 and address >> (width - 1) not in (0, (1 << 65 - width) - 1):
+            raise ArgumentError(f"gva: {address:#x} is not canonical ({width} bits); nothing changed")
+        self.tlb_instruction(1, what, 0, address)

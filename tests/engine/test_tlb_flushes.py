@@ -299,6 +299,17 @@ def test_invvpid_but_global_and_of_one_address() -> None:
     assert [cost(m, gva) == -1 for gva in gvas] == [True, False]
 
 
+@pytest.mark.parametrize(("la57", "limit"), [(False, 1 << 47), (True, 1 << 56)])
+def test_invvpid_of_one_address_takes_only_canonical_ones(la57: bool, limit: int) -> None:
+    vcpu = km.VM("ept").create_vcpu(km.GuestCpu(la57=la57), tlb=km.Tlb())
+    for gva in (limit - 1, (1 << 64) - limit):
+        vcpu.invvpid(0, gva)
+    for gva in (limit, (1 << 64) - limit - 1):
+        with pytest.raises(ArgumentError, match="gva: .* is not canonical"):
+            vcpu.invvpid(0, gva)
+        vcpu.invvpid(1, gva)
+
+
 # ---- KVM's flushes --------------------------------------------------------------------------------
 
 
