@@ -23,7 +23,6 @@ cdef extern from "kvmmmu/atomics.h" nogil:
     uint32_t fetch_or_u32 "kvmmmu_fetch_or_u32"(uint32_t *p, uint32_t v)
     uint32_t fetch_and_u32 "kvmmmu_fetch_and_u32"(uint32_t *p, uint32_t v)
     void full_barrier "kvmmmu_full_barrier"()
-    uint64_t ready "kvmmmu_ready"(uint64_t v)
     bint cmpxchg_u32 "kvmmmu_cmpxchg_u32"(uint32_t *p, uint32_t old, uint32_t new_)
     uint16_t ld_u16 "kvmmmu_ld_u16"(const uint16_t *p)
     void st_u16 "kvmmmu_st_u16"(uint16_t *p, uint16_t v)
