@@ -7,8 +7,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 
 # The engine is inline functions in one unit. GCC stops inlining once a unit has grown by 40 %, in whatever order it
-# meets them, and left half of an access's path as calls; clang says that it
-# does not know the option, and goes on.
+# meets them, and left half of an access's path as calls; clang says that the option is unused, and goes on.
 FAST = "-O3 --param inline-unit-growth=100 -fno-plt -fvisibility=hidden -fwrapv -g0"
 # -O0 for quick edit-test rounds: KVMMMU_CFLAGS=-O0 python setup.py build_ext -i
 CFLAGS = os.environ.get("KVMMMU_CFLAGS", FAST).split()

@@ -68,4 +68,5 @@ def column_u64(name: str, values: Words) -> npt.NDArray[np.uint64]:
         # NumPy makes floats of a list with integers on both sides of 2^63: look at what was given.
         flat = [index_u64(name, value) for value in np.asarray(values, object).flat]
         array = np.array(flat, np.uint64).reshape(array.shape)
-    return np.require(array, np.uint64, ["C", "A"])
+    array = np.asarray(array, np.uint64, order="C")
+    return array if array.flags.aligned else array.copy()

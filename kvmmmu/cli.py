@@ -436,7 +436,9 @@ def decode(
 @main.command()
 @click.option("--quick", is_flag=True, help="A tenth of the time a row, no large tables: for CI, not for figures.")
 @click.option("--only", metavar="EXPRESSION", help="Only benchmarks whose name fits (pytest's -k).")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write the report here, as JSON."
+)
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw it here (.svg, .png).")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Say what changed since.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

@@ -285,7 +285,7 @@ class SpteFormat:
         OverflowError
             A number is outside 0…2^64−1.
         ArgumentError
-            A gfn or an access is outside its range, a dtype is not an integer dtype, the shapes do not broadcast, or
+            A gfn or an access is outside its range, a column is no array, the shapes do not broadcast, or
             the host has no mmio sptes.
         """
         self._need_caching()
@@ -337,7 +337,7 @@ class SpteFormat:
         OverflowError
             A number is outside 0…2^64−1.
         ArgumentError
-            An entry is not an mmio spte of this host, or the dtype is not an integer dtype.
+            An entry is not an mmio spte of this host, or the column is no array.
         """
         if _is_scalar(spte):
             word = index_u64("spte", spte)
@@ -346,7 +346,7 @@ class SpteFormat:
                 raise ArgumentError(f"spte: {word:#x} is not an mmio spte of {self!r}")
             return MmioSpte(*parts)
         sptes = column_u64("spte", spte)
-        flat = np.ascontiguousarray(sptes).reshape(-1)
+        flat = sptes.reshape(-1)
         shape = sptes.shape
         out = MmioColumns(np.empty(shape, np.uint64), np.empty(shape, np.uint32), np.empty(shape, np.uint64))
         done = self._core.split_many(flat, out.gfn.reshape(-1), out.access.reshape(-1), out.gen.reshape(-1))
@@ -360,7 +360,7 @@ class SpteFormat:
             return self._core.is_mmio(index_u64("spte", spte))
         sptes = column_u64("spte", spte)
         out = np.empty(sptes.shape, np.bool_)
-        self._core.is_mmio_many(np.ascontiguousarray(sptes).reshape(-1), out.view(np.uint8).reshape(-1))
+        self._core.is_mmio_many(sptes.reshape(-1), out.view(np.uint8).reshape(-1))
         return out
 
     def is_being_zapped(self, spte: SupportsIndex) -> bool:
@@ -395,14 +395,14 @@ class SpteFormat:
         OverflowError
             A number is outside 0…2^64−1.
         ArgumentError
-            ``level`` is outside 1…5, or the dtype is not an integer dtype.
+            ``level`` is outside 1…5, or the column is no array.
         """
         at = index_in("level", level, 1, 5)
         if _is_scalar(spte):
             return self._core.reserved(index_u64("spte", spte), at) != 0
         sptes = column_u64("spte", spte)
         out = np.empty(sptes.shape, np.bool_)
-        self._core.reserved_many(np.ascontiguousarray(sptes).reshape(-1), at, out.view(np.uint8).reshape(-1))
+        self._core.reserved_many(sptes.reshape(-1), at, out.view(np.uint8).reshape(-1))
         return out
 
     def decode(self, spte: SupportsIndex, *, level: SupportsIndex = 1) -> SpteWords:

@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 
 import kvmmmu as km
-from machine import (
-    DATA,
-    LONG,
-    MMUS,
-    Machine,
-    Mode,
-)
+from machine import DATA, LONG, MMUS, Machine, Mode
 
 OK, IO, PF = km.Outcome.OK, km.Outcome.MMIO, km.Outcome.PF
 TDP = ("ept", "npt")

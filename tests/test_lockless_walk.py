@@ -89,11 +89,7 @@ def test_an_spte_is_one_word_that_the_walk_reads_whole() -> None:
 
 def test_every_walk_reads_entries_by_loads_that_acquire() -> None:
     engine = ROOT / "kvmmmu" / "engine"
-    walk = (engine / "walk.pxd").read_text()
-    assert re.findall(r'(entry_ld_u\d\d) "(\w+)"', walk) == [
-        ("entry_ld_u64", "kvmmmu_ld_acquire_u64"),
-        ("entry_ld_u32", "kvmmmu_ld_acquire_u32"),
-    ]
-    for room in ("walk", "single", "quick", "paths", "nestedpaths", "nestedcache", "pdecache", "tlbwalk"):
+    for room in ("walk", "single", "quick", "paths", "nestedpaths", "nestedcache", "pdecache"):
         text = (engine / f"{room}.pxd").read_text()
         assert re.findall(r"\b(?:kvmmmu_)?ld_u(?:64|32)\b", text) == [], room
+        assert "ld_acquire_u64(" in text, room

@@ -174,6 +174,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read what ``kvmmmu bench`` wrote."""
     try:
         report = json.loads(path.read_text())
+        # What can be compared with itself can be compared.
         changes(report, report)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(f"{path}: not what kvmmmu bench writes: {error!r}") from None
@@ -213,7 +214,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     met = {goal["name"]: goal["met"] for goal in old["goals"]}
     hashes = old["references"], new["references"]
     some = _part(old) or _part(new)
-    here, there = _circumstance(old), _circumstance(new)
+    was_so, is_so = _circumstances_of(old), _circumstances_of(new)
     return {
         "rows": sorted(rows, key=lambda row: (-abs(row["change"]), row["name"])),
         # A goal that nothing was measured for is neither met nor missed.
@@ -221,7 +222,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "references": sorted(n for n in hashes[0].keys() | hashes[1].keys() if hashes[0].get(n) != hashes[1].get(n)),
         "gone": [] if some else sorted({name for name, _ in before.keys() - after.keys()}),
         "added": [] if some else sorted({name for name, _ in after.keys() - before.keys()}),
-        "circumstances": {name: [here[name], there[name]] for name in here if here[name] != there[name]},
+        "circumstances": {name: [was_so[name], is_so[name]] for name in was_so if was_so[name] != is_so[name]},
     }
 
 
@@ -229,7 +230,7 @@ def _part(report: dict[str, Any]) -> bool:
     return bool(report.get("quick") or report.get("only"))
 
 
-def _circumstance(report: dict[str, Any]) -> dict[str, Any]:
+def _circumstances_of(report: dict[str, Any]) -> dict[str, Any]:
     """What makes two reports hard to compare where it differs."""
     return {
         "quick": report.get("quick"),

@@ -10,6 +10,7 @@ from libc.string cimport memset
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.paging cimport FMT_64, FMT_PAE, Paging, rsvd_fault
 from kvmmmu.engine.accept cimport Accept, accept_init, accepted
+from kvmmmu.engine.atomics cimport ld_acquire_u64
 from kvmmmu.engine.pdecache cimport (
     DIR_SLOTS, FOUND_LARGE, FOUND_NOTHING, FOUND_TABLE, TABLE_RIGHTS, PdeCache, leaf_load, leaf_place, pde_find,
     pde_forget, pde_init, pde_judge, pde_keep, pde_large, pde_large_page, pde_lowest, pde_pack,
@@ -17,7 +18,7 @@ from kvmmmu.engine.pdecache cimport (
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_last, window_host
 from kvmmmu.engine.rows cimport Batch
 from kvmmmu.engine.state cimport MemMap
-from kvmmmu.engine.walk cimport entry_ld_u64, walk_second_access
+from kvmmmu.engine.walk cimport walk_second_access
 
 cdef enum:
     TABLE_SLOTS = 64
@@ -91,7 +92,7 @@ cdef inline bint nested_pdpte(int host_fmt, Nested *n, uint64_t va, uint64_t *ta
     if host == NULL:
         return False
     # It has neither rights nor A: nothing of it is left in what is remembered below.
-    entry = entry_ld_u64(<const uint64_t *>host)
+    entry = ld_acquire_u64(<const uint64_t *>host)
     table[0] = entry & p.addr_mask
     return entry & PT_PRESENT_MASK != 0 and not rsvd_fault(p, LEVEL_1G, entry)
 

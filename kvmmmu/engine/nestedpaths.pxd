@@ -11,13 +11,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk, walk_entry_offset
 from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_EPT, FMT_NONE, FMT_PAE, Paging
+from kvmmmu.engine.atomics cimport ld_acquire_u64
 from kvmmmu.engine.quick cimport (
     QUICK_FINAL, QUICK_NO, QUICK_YES, Quick, Window, quick_begin, quick_entry, quick_final, quick_finish, quick_last,
     quick_nested, quick_walk, window_host,
 )
 from kvmmmu.engine.single cimport single_walk
 from kvmmmu.engine.state cimport MemMap, NESTED_ENTRIES, NESTED_PATHS, NestedPath, NestedPaths
-from kvmmmu.engine.walk cimport entry_ld_u64, walk_second_access
+from kvmmmu.engine.walk cimport walk_second_access
 
 cdef enum:
     NESTED_SHIFT = 21
@@ -42,7 +43,7 @@ cdef inline bint nested_path_note(NestedPath *path, const uint8_t *host, uint64_
     """Remember an entry that was read; once where it was met before."""
     # Whole words: the other half of one may change too, and then nothing is known.
     cdef const uint64_t *at = <const uint64_t *>(<uint64_t>host & ~<uint64_t>7)
-    cdef uint64_t word = entry_ld_u64(at)
+    cdef uint64_t word = ld_acquire_u64(at)
     cdef uint64_t now = word >> ((<uint64_t>host & 7) << 3)
     cdef int i
     if width == 4:
@@ -144,7 +145,7 @@ cdef inline bint nested_path_holds(const NestedPaths *paths, const NestedPath *p
     if path.key != key or path.formats != paths.formats or path.serial != m.serial or path.root != root:
         return False
     for i in range(path.n):
-        if entry_ld_u64(path.at[i]) != path.word[i]:
+        if ld_acquire_u64(path.at[i]) != path.word[i]:
             return False
     return True
 

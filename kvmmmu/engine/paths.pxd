@@ -12,6 +12,7 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport Walk, walk_level_shift
 from kvmmmu.bits.paging cimport FAULT_NONE, FMT_64, FMT_NONE, Paging
 from kvmmmu.engine.accept cimport Accept, accept_init, accepted
+from kvmmmu.engine.atomics cimport ld_acquire_u64
 from kvmmmu.engine.nestedpaths cimport Climb, nested_path_climb
 from kvmmmu.engine.pdecache cimport FOUND_NOTHING, TABLE_RIGHTS, leaf_load, leaf_place, pde_pack
 from kvmmmu.engine.quick cimport Quick
@@ -19,7 +20,6 @@ from kvmmmu.engine.rows cimport row_granted
 from kvmmmu.engine.single cimport single_flat, single_walk
 from kvmmmu.engine.state cimport MemMap, NestedPath, Translation
 from kvmmmu.engine.translate cimport row_end, row_write, translate_done, translate_proper, walk_any
-from kvmmmu.engine.walk cimport entry_ld_u64
 
 cdef enum:
     PATHS = 64        # 128 MiB of addresses side by side
@@ -54,9 +54,9 @@ cdef inline void paths_init(Paths *c, const Paging *p, const Paging *host, const
 cdef inline const Path *path_of(const Paths *c, uint64_t gva) noexcept nogil:
     """The path of an address, if all its entries are as they were, or NULL."""
     cdef const Path *path = &c.path[(gva >> PATH_SHIFT) & (PATHS - 1)]
-    if (path.key != gva >> PATH_SHIFT or entry_ld_u64(path.at[0]) != path.entry[0]
-            or entry_ld_u64(path.at[1]) != path.entry[1] or entry_ld_u64(path.at[2]) != path.entry[2]
-            or entry_ld_u64(path.at[3]) != path.entry[3]):
+    if (path.key != gva >> PATH_SHIFT or ld_acquire_u64(path.at[0]) != path.entry[0]
+            or ld_acquire_u64(path.at[1]) != path.entry[1] or ld_acquire_u64(path.at[2]) != path.entry[2]
+            or ld_acquire_u64(path.at[3]) != path.entry[3]):
         return NULL
     return path
 

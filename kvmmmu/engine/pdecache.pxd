@@ -11,10 +11,10 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport WALK_LEAF, Walk, walk_entry_offset, walk_finish, walk_level_shift
 from kvmmmu.bits.paging cimport FMT_32, FMT_64, FMT_EPT, Paging
 from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.atomics cimport ld_acquire_u32, ld_acquire_u64
 from kvmmmu.engine.quick cimport Window, quick_begin, quick_entry, quick_last, window_host
 from kvmmmu.engine.state cimport MemMap
 from kvmmmu.engine.translate cimport row_end
-from kvmmmu.engine.walk cimport entry_ld_u32, entry_ld_u64
 
 cdef extern from "kvmmmu/batch.h" nogil:
     const uint64_t KVMMMU_PDE_LARGE
@@ -194,5 +194,5 @@ cdef inline uint64_t leaf_place(int fmt, uint64_t table, uint64_t va) noexcept n
 cdef inline uint64_t leaf_load(int fmt, uint64_t place, uint64_t va) noexcept nogil:
     cdef const uint8_t *host = <const uint8_t *>(place & ~<uint64_t>TABLE_RIGHTS)
     if fmt == FMT_32:
-        return entry_ld_u32(<const uint32_t *>(host + ((va >> 10) & 4)))
-    return entry_ld_u64(<const uint64_t *>host)
+        return ld_acquire_u32(<const uint32_t *>(host + ((va >> 10) & 4)))
+    return ld_acquire_u64(<const uint64_t *>host)

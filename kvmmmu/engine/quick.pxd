@@ -13,9 +13,10 @@ from kvmmmu.bits.paging cimport (
     DIALECT_SDM, FAULT_NONE, FMT_32, FMT_64, FMT_EPT, FMT_PAE, Paging, permission_fault, rsvd_fault, va_canonical,
 )
 from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.atomics cimport ld_acquire_u32, ld_acquire_u64
 from kvmmmu.engine.memory cimport memmap_find
 from kvmmmu.engine.state cimport MemMap
-from kvmmmu.engine.walk cimport entry_ld_u32, entry_ld_u64, walk_second, walk_second_access
+from kvmmmu.engine.walk cimport walk_second, walk_second_access
 
 cdef enum:
     QUICK_NO = 0      # nothing is known: walk properly
@@ -71,7 +72,7 @@ cdef inline bint quick_entry(int fmt, const Paging *p, const uint8_t *host, int 
     """Fetch an entry and gather what it allows.  False: it ends the walk in a fault."""
     if host == NULL:
         return False
-    entry[0] = entry_ld_u32(<const uint32_t *>host) if fmt == FMT_32 else entry_ld_u64(<const uint64_t *>host)
+    entry[0] = ld_acquire_u32(<const uint32_t *>host) if fmt == FMT_32 else ld_acquire_u64(<const uint64_t *>host)
     acc[0] &= walk_rights(fmt, entry[0])
     accessed[0] &= entry[0]
     return walk_present(fmt, entry[0]) and not rsvd_fault(p, level, entry[0])

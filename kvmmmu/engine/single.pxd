@@ -10,9 +10,9 @@ from kvmmmu.bits.access cimport permission_index
 from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport walk_entry_offset, walk_rights
 from kvmmmu.bits.paging cimport DIALECT_SDM, FMT_64, FMT_NONE, Paging, permission_fault, va_canonical
+from kvmmmu.engine.atomics cimport ld_acquire_u64
 from kvmmmu.engine.quick cimport Quick
 from kvmmmu.engine.state cimport MemMap
-from kvmmmu.engine.walk cimport entry_ld_u64
 
 
 cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_t va, uint64_t access, bint ac,
@@ -34,7 +34,7 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
         at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_256T) - start)
         if at >= nbytes:
             return False
-        entry = entry_ld_u64(<const uint64_t *>(memory + at))
+        entry = ld_acquire_u64(<const uint64_t *>(memory + at))
         if not entry & PT_PRESENT_MASK:
             return False
         every &= entry
@@ -43,7 +43,7 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
     at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_512G) - start)
     if at >= nbytes:
         return False
-    entry = entry_ld_u64(<const uint64_t *>(memory + at))
+    entry = ld_acquire_u64(<const uint64_t *>(memory + at))
     if not entry & PT_PRESENT_MASK:
         return False
     every &= entry
@@ -52,7 +52,7 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
     at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_1G) - start)
     if at >= nbytes:
         return False
-    entry = entry_ld_u64(<const uint64_t *>(memory + at))
+    entry = ld_acquire_u64(<const uint64_t *>(memory + at))
     if not entry & PT_PRESENT_MASK:
         return False
     every &= entry
@@ -65,7 +65,7 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
         at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_2M) - start)
         if at >= nbytes:
             return False
-        entry = entry_ld_u64(<const uint64_t *>(memory + at))
+        entry = ld_acquire_u64(<const uint64_t *>(memory + at))
         if not entry & PT_PRESENT_MASK:
             return False
         every &= entry
@@ -78,7 +78,7 @@ cdef inline bint single_walk(const Paging *p, const MemMap *m, int hint, uint64_
             at = (entry & mask) + (walk_entry_offset(FMT_64, va, LEVEL_4K) - start)
             if at >= nbytes:
                 return False
-            entry = entry_ld_u64(<const uint64_t *>(memory + at))
+            entry = ld_acquire_u64(<const uint64_t *>(memory + at))
             # Bit 7 is PAT here; where it mattered, the general walk would say so.
             bad |= entry & (p.rsvd[0][<int>LEVEL_4K] | p.rsvd[1][<int>LEVEL_4K])
             every &= entry

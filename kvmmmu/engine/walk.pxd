@@ -10,17 +10,13 @@ from kvmmmu.bits.constants cimport *
 from kvmmmu.bits.guest_walk cimport *
 from kvmmmu.bits.paging cimport *
 from kvmmmu.bits.spte cimport bits_between
+from kvmmmu.engine.atomics cimport cmpxchg_u32, cmpxchg_u64, ld_acquire_u32, ld_acquire_u64
 from kvmmmu.engine.hooks cimport POINT_BITS_SET, hook
 from kvmmmu.engine.memory cimport memmap_find, memmap_host
 from kvmmmu.engine.state cimport MemMap
 
-cdef extern from "kvmmmu/atomics.h" nogil:
-    # What a link leads to, KVM's own record of that table included, was written before the link was.
-    uint64_t entry_ld_u64 "kvmmmu_ld_acquire_u64"(const uint64_t *p)
-    uint32_t entry_ld_u32 "kvmmmu_ld_acquire_u32"(const uint32_t *p)
-    int kvmmmu_cmpxchg_u64(uint64_t *p, uint64_t old, uint64_t new_)
-    int kvmmmu_cmpxchg_u32(uint32_t *p, uint32_t old, uint32_t new_)
-
+# Every walk reads entries by loads that acquire: what a link leads to, KVM's own record of that table included, was
+# written before the link was.
 
 cdef inline uint64_t walk_fetch(int fmt, const MemMap *m, uint64_t gpa, int *hint) noexcept nogil:
     cdef bint writable
@@ -28,8 +24,8 @@ cdef inline uint64_t walk_fetch(int fmt, const MemMap *m, uint64_t gpa, int *hin
     if host == NULL:
         return 0
     if fmt == FMT_32:
-        return entry_ld_u32(<const uint32_t *>host)
-    return entry_ld_u64(<const uint64_t *>host)
+        return ld_acquire_u32(<const uint32_t *>host)
+    return ld_acquire_u64(<const uint64_t *>host)
 
 
 cdef inline bint walk_update(int fmt, const MemMap *m, uint64_t gpa, int *hint, uint64_t old,
@@ -41,8 +37,8 @@ cdef inline bint walk_update(int fmt, const MemMap *m, uint64_t gpa, int *hint, 
         return True
     hook(NULL, POINT_BITS_SET)
     if fmt == FMT_32:
-        return kvmmmu_cmpxchg_u32(<uint32_t *>host, <uint32_t>old, <uint32_t>(old | missing))
-    return kvmmmu_cmpxchg_u64(<uint64_t *>host, old, old | missing)
+        return cmpxchg_u32(<uint32_t *>host, <uint32_t>old, <uint32_t>(old | missing))
+    return cmpxchg_u64(<uint64_t *>host, old, old | missing)
 
 
 cdef inline int walk_loop(int fmt, const Paging *p, const MemMap *m, int *hint, Walk *w, uint64_t va,
@@ -63,9 +59,9 @@ cdef inline int walk_loop(int fmt, const Paging *p, const MemMap *m, int *hint, 
                 base = m.host[i]
         if npages:
             if fmt == FMT_32:
-                entry = entry_ld_u32(<const uint32_t *>(base + (w.entry_gpa - (first << 12))))
+                entry = ld_acquire_u32(<const uint32_t *>(base + (w.entry_gpa - (first << 12))))
             else:
-                entry = entry_ld_u64(<const uint64_t *>(base + (w.entry_gpa - (first << 12))))
+                entry = ld_acquire_u64(<const uint64_t *>(base + (w.entry_gpa - (first << 12))))
         r = walk_step(fmt, p, w, entry)
     return r
 

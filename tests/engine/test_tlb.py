@@ -7,41 +7,9 @@ from typing import Any
 import pytest
 
 import kvmmmu as km
-from cached import (
-    BARE,
-    LARGE,
-    OK,
-    OTHER,
-    PAGE,
-    PF,
-    behind,
-    cost,
-    machine,
-    mmus,
-    tdp,
-)
+from cached import BARE, LARGE, OK, OTHER, PAGE, PF, behind, cost, machine, mmus, tdp
 from kvmmmu.errors import ArgumentError
-from machine import (
-    DATA,
-    KERNEL,
-    LONG,
-    LONG5,
-    P32,
-    PAE3,
-    PGE,
-    PKE,
-    SMAP,
-    SMEP,
-    USER,
-    A,
-    D,
-    G,
-    Machine,
-    Mode,
-    P,
-    U,
-    W,
-)
+from machine import DATA, KERNEL, LONG, LONG5, P32, PAE3, PGE, PKE, SMAP, SMEP, USER, A, D, G, Machine, Mode, P, U, W
 
 # ---- what a walk costs ----------------------------------------------------------------------
 

@@ -6,33 +6,9 @@ import numpy as np
 import pytest
 
 import kvmmmu as km
-from cached import (
-    IO,
-    LARGE,
-    OK,
-    OTHER,
-    PAGE,
-    behind,
-    cost,
-    machine,
-    mmus,
-    references,
-    tdp,
-)
+from cached import IO, LARGE, OK, OTHER, PAGE, behind, cost, machine, mmus, references, tdp
 from kvmmmu.errors import ArgumentError, GuestFaultError
-from machine import (
-    DATA,
-    MMIO,
-    NOFLUSH,
-    P32,
-    PCIDE,
-    PGE,
-    RAM,
-    SMEP,
-    USER,
-    G,
-    Machine,
-)
+from machine import DATA, MMIO, NOFLUSH, P32, PCIDE, PGE, RAM, SMEP, USER, G, Machine
 
 # ---- for whom: PCIDs and global pages ----------------------------------------------------------
 

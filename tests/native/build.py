@@ -51,44 +51,19 @@ def build(name: str, sanitizer: str = "", out: Path | None = None, cflags: str =
     out.mkdir(parents=True, exist_ok=True)
     write_names(out)
     translated = out / f"{name}.c"
-    run(
-        sys.executable,
-        "-m",
-        "cython",
-        "-3",
-        "--line-directives",
-        "-I",
-        ROOT,
-        "-I",
-        HERE,
-        HERE / f"{name}.pyx",
-        "-o",
-        translated,
-    )
+    cython = [sys.executable, "-m", "cython", "-3", "--line-directives", "-I", ROOT, "-I", HERE]
+    run(*cython, HERE / f"{name}.pyx", "-o", translated)
     flags = [*shlex.split(cflags or ("-O1 -g" if sanitizer else "-O0 -g")), "-fwrapv", "-w", "-pthread"]
     flags += SANITIZERS[sanitizer]
     if name in TEST_BUILDS:
         flags.append("-DKVMMMU_TEST")
     library = sysconfig.get_config_var("LIBDIR")
     program = out / name
-    run(
-        os.environ.get("CC", "cc"),
-        *flags,
-        f"-I{INCLUDE}",
-        f"-I{HERE}",
-        f"-I{out}",
-        f"-I{sysconfig.get_config_var('INCLUDEPY')}",
-        translated,
-        HERE / "main.c",
-        *([HERE / "turns.c"] if name in TEST_BUILDS else []),
-        "-o",
-        program,
-        f"-L{library}",
-        f"-Wl,-rpath,{library}",
-        f"-lpython{sysconfig.get_config_var('LDVERSION')}",
-        "-lm",
-        "-ldl",
-    )
+    includes = [f"-I{path}" for path in (INCLUDE, HERE, out, sysconfig.get_config_var("INCLUDEPY"))]
+    sources = [translated, HERE / "main.c", *([HERE / "turns.c"] if name in TEST_BUILDS else [])]
+    python = f"-lpython{sysconfig.get_config_var('LDVERSION')}"
+    libraries = [f"-L{library}", f"-Wl,-rpath,{library}", python, "-lm", "-ldl"]
+    run(os.environ.get("CC", "cc"), *flags, *includes, *sources, "-o", program, *libraries)
     return program
 
 
